@@ -86,7 +86,8 @@ class Run:
                 self.requests = draw_requests(self.seed, load, await self._accepts_penalties(ask))
                 client = StreamingClient(http, self.target.url, self.model, load, self._record, self.clock)
                 label = uuid.uuid4().hex[:12]
-                await self._run_undisturbed(ClientLoad(client, self.requests, load.streams, f"{label}-reference"))
+                cold = replace(client, is_cold=True)
+                await self._run_undisturbed(ClientLoad(cold, self.requests, load.streams, f"{label}-reference"))
                 await self._begin_baseline(observer)
                 await self._run_faults(observer, ClientLoad(client, self.requests, load.streams, label))
                 await self._end(observer)

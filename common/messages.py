@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-PROTOCOL_VERSION: Final = 7
+PROTOCOL_VERSION: Final = 8
 """It counts what messages hold: a change that adds a field raises it, and gives the field a default."""
-OLDEST_VERSION: Final = 6
+OLDEST_VERSION: Final = 8
 """Messages of this version are understood too; they may lack the fields that have a default. A change that takes a
 field or a kind away, or gives a field another meaning, raises it as well."""
 
@@ -56,6 +56,8 @@ NO_PENALTIES = TensorFrame("float64", (0, 5), b"")
 NO_TOKEN_COUNTS = TensorFrame("int32", (0, 4), b"")
 NO_BIASES = TensorFrame("float64", (0, 3), b"")
 NOT_ADJUSTED = TensorFrame("int64", (0, 3), b"")
+FIRST_CLASS = 1
+"""`Step.numeric_class` before any stage has added its own."""
 AWAITED_TOKEN: Final = -1
 """In `Step.hidden`: the token that `Step.awaited_step` samples for the same sequence."""
 
@@ -93,6 +95,9 @@ class Step:
     told anew."""
     degraded: TensorFrame = NO_ARRAY
     """uint8 [Q]: 1 where a stage before went on without an expert; [0] where none did."""
+    numeric_class: int = 0
+    """Stands for the numeric classes of the stages before and of the experts of their layers, as `class_number` makes
+    it of those; 0: rows were computed by several. The router sends `FIRST_CLASS`."""
     retried_calls: int = 0
     """Expert calls that stages before asked of another copy too, or instead."""
     previous_step: int = 0
@@ -123,7 +128,9 @@ class StepResult:
     top_logprobs: TensorFrame
     """float32 [S, P]."""
     degraded: TensorFrame = NO_ARRAY
-    """uint8 [S]: 1 where a stage went on without an expert in this step; [0] where none did."""
+    """uint8 [Q], of all sequences of the step: 1 where a stage went on without an expert; [0] where none did."""
+    numeric_class: int = 0
+    """As in Step, of all stages."""
     retried_calls: int = 0
     """Expert calls of all stages that were asked of another copy too, or instead."""
 
@@ -247,6 +254,8 @@ class Welcome:
     """Endpoints of the router's pulse socket: the node connects to one, under its id, and sends back what comes. Empty:
     there is none."""
     pulse_ipc_token: str = ""
+    caches_prefixes: bool = False
+    """Whether the router may count on what is in blocks of sequences that were released."""
 
 
 @dataclass(frozen=True, slots=True)

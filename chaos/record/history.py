@@ -53,7 +53,7 @@ class Asked(Event):
     request: str
     body_sha256: str
     kind: str
-    """It is `greedy` or `seeded`, and what it has besides: `stop`, `n=2`, `penalties`."""
+    """It is `greedy` or `seeded`, and what it has besides: `stop`, `n=2`, `penalties`, `alike`, `salted`."""
     num_choices: int
     max_tokens: int
 

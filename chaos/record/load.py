@@ -50,6 +50,8 @@ class StreamingClient:
     settings: SuiteLoad
     record: Callable[[Event], None]
     clock: Callable[[], float]
+    is_cold: bool = False
+    """It asks for nothing that was computed for others: what it gets is what they are held against."""
 
     async def ask(self, operation: str, stream: int, request: ChaosRequest) -> None:
         """Runs one operation from asking to its end, whatever the end is. Raises nothing that the server may cause."""
@@ -219,6 +221,8 @@ class _Connection:
         headers = {"Idempotency-Key": self.answer.operation}
         if client.settings.resumable:
             headers["Moemesh-Resumable"] = "1"
+        if client.is_cold or self.request.is_salted:
+            headers["Moemesh-Cache-Salt"] = self.answer.operation
         body = self.request.body(client.model)
         async with client.http.stream("POST", f"{client.url}/v1/completions", json=body, headers=headers) as response:
             yield response

@@ -19,6 +19,7 @@ from chaos.record.history import (
     RequestRefused,
     Tokens,
 )
+from chaos.record.requests import SALTED
 
 
 @dataclass(slots=True)
@@ -52,6 +53,10 @@ class Operation:
     num_tokens: int = 0
     max_tokens: int = 0
     """The most tokens of each choice, as asked for."""
+    is_salted: bool = False
+    """It was asked with a salt that nobody had before."""
+    num_found_tokens: int = 0
+    """Tokens of its prompt that were found in a cache, as its usage says."""
 
     @property
     def is_whole(self) -> bool:
@@ -85,6 +90,7 @@ def read_operations(events: Iterable[Event]) -> list[Operation]:
                     asked_s=event.at_s,
                     choices=choices,
                     max_tokens=event.max_tokens,
+                    is_salted=SALTED in event.kind.split(", "),
                 )
             case Tokens() | ChoiceFinished() | ConnectionBroken() | RequestRefused() | Reattached():
                 _add(found[event.operation], event)
@@ -119,6 +125,8 @@ def _end(operation: Operation, event: Ended | RequestFailed | Abandoned) -> None
     match event:
         case Ended():
             operation.how = "ended"
+            details = event.usage.get("prompt_tokens_details")
+            operation.num_found_tokens = int(details["cached_tokens"]) if details else 0
         case RequestFailed():
             operation.how = "failed"
             operation.failure = f"{event.code}: {event.message}"

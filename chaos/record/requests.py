@@ -18,6 +18,7 @@ WORDS = (
     "message queue weight gate model prompt journal mirror replay a the of to and from with when where nobody waits "
     "loses keeps moves sends takes gives hears one two three many old new late early whole broken"
 ).split()
+SALTED = "salted"
 STOP_PAIRS = ("qz", "xj", "zq", "th", "he", "er")
 
 
@@ -37,6 +38,12 @@ class SuiteLoad(Section):
     stop: Share = 0.2
     two_choices: Share = 0.2
     penalties: Share = 0.2
+    alike: Share = 0.0
+    """Prompts that begin with the same text: what is found in a cache must be what would be computed."""
+    alike_words: AtLeastOne = 64
+    """Words of that text."""
+    salted: Share = 0.0
+    """Requests with one choice that have a salt of their own each time: nothing may be found in a cache for them."""
     resumable: bool = True
     """Clients ask for streams that they can re-attach to."""
     reattach_within_s: Positive = 60.0
@@ -59,6 +66,8 @@ class ChaosRequest:
     kind: str
     fields: dict[str, Any]
     """The fields of the body, without the model's name."""
+    is_salted: bool = False
+    """It is asked with a salt of its own, each time anew."""
 
     def body(self, model: str) -> dict[str, Any]:
         """Returns the body of POST /v1/completions, streamed, with token ids and log-probabilities."""
@@ -117,7 +126,15 @@ def _draw(seed: int, number: int, load: SuiteLoad, with_penalties: bool) -> Chao
     if draw.random() < load.penalties and with_penalties:
         labels.append("penalties")
         fields |= penalties
-    return ChaosRequest(f"request-{number}", ", ".join(labels), fields)
+    also = random.Random(f"{seed}/cache/{number}")  # apart: what is drawn above stays the same without these
+    if also.random() < load.alike:
+        labels.append("alike")
+        words = random.Random(f"{seed}/alike")
+        common = " ".join(words.choice(WORDS) for _ in range(load.alike_words))
+        fields["prompt"] = f"{common} {fields['prompt']}"
+    is_salted = also.random() < load.salted and "n" not in fields
+    labels += [SALTED] * is_salted
+    return ChaosRequest(f"request-{number}", ", ".join(labels), fields, is_salted)
 
 
 def requests_sha256(requests: Sequence[ChaosRequest], model: str) -> str:

@@ -20,7 +20,13 @@ from chaos.verdicts.fault_outcomes import (
     usual_gap_s,
 )
 from chaos.verdicts.leaks import LeakBounds, leak_verdicts
-from chaos.verdicts.token_verdicts import digest_with_faults, digest_without_faults, end_verdicts, token_verdicts
+from chaos.verdicts.token_verdicts import (
+    digest_with_faults,
+    digest_without_faults,
+    end_verdicts,
+    salt_verdict,
+    token_verdicts,
+)
 from chaos.verdicts.verdict import State, Verdict, percentile, verdict_of, worst
 
 DEFAULT = "default"
@@ -94,6 +100,7 @@ def judge(
     speed = throughput(events, outcomes, since_s, until_s)
     verdicts = [
         *token_verdicts(disturbed, expected),
+        *([salt_verdict(disturbed)] if any(operation.is_salted for operation in disturbed) else []),
         *end_verdicts(disturbed, bounds.max_refused),
         _hit_verdict(outcomes, missed),
         _stall_verdict(outcomes, bounds.stall_s),

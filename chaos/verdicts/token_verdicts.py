@@ -88,6 +88,16 @@ def _common_length(left: Sequence[int], right: Sequence[int]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
+def salt_verdict(operations: Sequence[Operation]) -> Verdict:
+    """Judges whether something was found for those that had a salt of their own."""
+    salted = [operation for operation in operations if operation.is_salted and operation.is_whole]
+    damage = [f"{o.name}: {o.num_found_tokens} tokens of its prompt were found" for o in salted if o.num_found_tokens]
+    num_found = sum(o.num_found_tokens for o in operations)
+    doubts = [] if salted and num_found else ["nothing was found for anybody, or nobody had a salt"]
+    held = f"nothing was found for {len(salted)} requests with a salt of their own, {num_found} tokens for others"
+    return verdict_of("salts", damage, doubts, held, {"found_tokens": float(num_found)})
+
+
 def end_verdicts(operations: Sequence[Operation], max_refused: int | None) -> list[Verdict]:
     """Judges errors, hung requests, and refusals of new requests; `max_refused` None allows any number of these."""
     asked = [] if operations else ["nothing was asked under faults"]

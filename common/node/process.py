@@ -105,6 +105,7 @@ class NodeProcess(Generic[DataSocket]):
     """Where nodes of one host find each other for calls through shared memory; None: they do not."""
     links: RoutingSocket | None = None
     """Where stages that share no memory with this node bring their calls, for native code; None: as messages."""
+    numeric_class: str = ""
 
 
 @contextlib.contextmanager
@@ -181,6 +182,7 @@ def _bind_node(
         log,
         folder if is_native else None,
         links,
+        numeric_class,
     )
 
 

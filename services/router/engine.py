@@ -106,6 +106,10 @@ class GenerationRequest:
     """What was sampled so far, and never the whole of it: a finished choice needs no mesh. A fresh one has none."""
     sequence_id: SequenceId | None = None
     """Its last number on the wire; stages that live may still hold its KV blocks under it."""
+    cache_salt: str = ""
+    """It finds only what was computed under the same one, and others its own only so."""
+    uses_cache: bool = True
+    """Whether it may find what was computed for others, and they what is computed for it."""
 
     @property
     def max_num_tokens(self) -> int:
@@ -144,6 +148,8 @@ class Token:
     """Its step went on without an expert (EXPERT_LOSS=degrade): the model itself might say something else."""
     recovery: RecoveryCounts | None = None
     """A choice's last token has it at least; a stop string ends it at a token of which the mesh does not know that."""
+    num_cached_tokens: int = 0
+    """A choice's first token has it: how many tokens of the prompt were found in the cache."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -421,6 +421,7 @@ def _scheduler(settings: Settings, term: int, attend: Attend) -> Scheduler:
         # A step that takes its whole time, and then a pipeline that is gone for as long as one may be.
         max_stalled_s=(settings.step_deadline_ms + settings.outage_deadline_ms) / 1000,
         pipeline_policy=settings.pipeline_policy,
+        caches_prefixes=settings.prefix_cache == "on",
     )
     return Scheduler(scheduling, first_number=term << TERM_SHIFT, attend=attend)
 
@@ -437,6 +438,7 @@ def _welcome(settings: Settings, model: Model, links: _Links) -> Welcome:
         degrade_after_ms=settings.degrade_after_ms,
         pulse=links.addresses.advertised(links.client.pulses.endpoints),
         pulse_ipc_token=links.addresses.folder_token,
+        caches_prefixes=settings.prefix_cache == "on",
     )
 
 

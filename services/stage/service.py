@@ -41,7 +41,7 @@ from services.stage.model.paged_attention import KV_BLOCK_TOKENS
 from services.stage.slot.mirror_sender import MirrorLink
 from services.stage.slot.slot import MemoryTag, RoleRefused, RoleTaken, Slot
 from services.stage.slot.stage_worker import StageWorker
-from services.stage.step_output import passed_on, relayed
+from services.stage.step_output import class_number, passed_on, relayed
 
 TURN_S = 0.005
 """How long batches run before a stage looks at its sockets."""
@@ -85,6 +85,9 @@ class StageService(NodeLoop[MessageSocket]):
         """Number of the role that is followed now; 0: none."""
         self._newest_role_number = 0
         """The newest number that this stage was told; roles may come late, or twice."""
+        self._classes: tuple[str, ...] = ()
+        """This stage's numeric class and its experts', and what stands for them, by what stands for those before."""
+        self._class_numbers: dict[int, int] = {}
 
     def _sockets(self) -> Iterable[zmq.Socket[bytes] | int | None]:
         links = *self._experts.poll_sockets(), *self._mirror_link.poll_sockets()
@@ -166,6 +169,7 @@ class StageService(NodeLoop[MessageSocket]):
         self._check_block_tokens()
         self._tell_experts_settings()
         former = self._lease_and_memory()
+        self._worker.keeps_released = self._control.settings.caches_prefixes
         outcome = self._worker.assign(message, header, self._dtype)
         # Under the same lease, too, a pool of another size is other memory: what the mirror lacks was of the former.
         if former is None or self._lease_and_memory() != former:
@@ -194,7 +198,11 @@ class StageService(NodeLoop[MessageSocket]):
 
     def _apply_placement(self, message: PublishPlacement, header: Header, now_s: float) -> None:
         self._tell_experts_settings()
+        slot = self._worker.slot
+        before = slot and self._experts.nodes.classes_of(slot.role.layers)
         self._experts.apply_placement(message, header.router_term, self._control.settings.num_slices, now_s)
+        if slot is not None and before != self._experts.nodes.classes_of(slot.role.layers):
+            slot.executor.mix()
 
     def _answer_assignment(self, outcome: RoleTaken | RoleRefused | None) -> None:
         if isinstance(outcome, RoleTaken):
@@ -302,7 +310,18 @@ class StageService(NodeLoop[MessageSocket]):
         slot.adjustments.release(frame_to_array(step.released, "int64", (None,), "Step.released").tolist())
         slot.held.tables.computed(step)  # by this stage or one before it, or it could not be relayed
         slot.held.watermark.finish(header.step)
-        self._send_on(relayed(slot, step, positions), header, deadline_s)
+        self._send_on(relayed(slot, step, positions, self._class_after(slot, step)), header, deadline_s)
+
+    def _class_after(self, slot: Slot, step: Step) -> int:
+        """Returns what stands for the classes of all stages up to this one, and of their experts."""
+        ranks = self._worker.layers.ranks
+        own = f"{self._node.numeric_class} {0 if ranks is None else ranks.degree}"
+        classes = own, *self._experts.nodes.classes_of(slot.role.layers)
+        if classes != self._classes:
+            self._classes, self._class_numbers = classes, {}
+        if step.numeric_class not in self._class_numbers:
+            self._class_numbers[step.numeric_class] = class_number(step.numeric_class, classes)
+        return self._class_numbers[step.numeric_class]
 
     def _run(self, slot: Slot) -> None:
         """Runs batches one after the other, as long as one can go on, but looks at the sockets now and then."""
@@ -358,6 +377,7 @@ class StageService(NodeLoop[MessageSocket]):
         executor, running = self._waiting.pop(ended.number)
         if isinstance(ended, CallDone):
             running.degraded_rows |= ended.degraded_rows
+            running.is_mixed |= ended.is_mixed
             running.num_retried_calls += ended.num_retried
             executor.resume(running, ended.answer)
         else:
@@ -372,7 +392,9 @@ class StageService(NodeLoop[MessageSocket]):
             held.memory.log_hidden(running.batch.slots, finished.output)
         held.tables.computed(running.step)
         held.watermark.finish(running.header.step)
-        self._send_on(passed_on(slot, finished), running.header, running.deadline_s)
+        self._send_on(
+            passed_on(slot, finished, self._class_after(slot, running.step)), running.header, running.deadline_s
+        )
         # After the step itself: the mirror may lag by a step, the client should not.
         self._mirror_link.send_rows(held, running.batch.slots)
 

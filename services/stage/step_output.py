@@ -5,7 +5,8 @@ T tokens, D model width, Q sequences of a micro-batch, S of them that sample a t
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -30,29 +31,40 @@ EMPTY_RESULT = StepResult(
 """The result of a step that samples nothing."""
 
 
-def passed_on(slot: Slot, finished: Finished) -> Step | StepResult:
+def class_number(before: int, classes: Sequence[str]) -> int:
+    """Returns what stands for the stages before and for these classes: this stage's own, and those of the experts of
+    its layers. 0 stays 0: some rows were computed by several classes."""
+    if not before:
+        return 0
+    said = "\n".join((str(before), *classes)).encode()
+    return int.from_bytes(hashlib.sha256(said).digest()[:8], "little") >> 1 or 1
+
+
+def passed_on(slot: Slot, finished: Finished, numeric_class: int) -> Step | StepResult:
     """Returns what comes after this stage has computed a step: hidden states, sampled tokens, or, at the end of a
-    replay, nothing but the step itself."""
+    replay, nothing but the step itself. `numeric_class`: of all stages up to this one, as `class_number` makes it."""
     running = finished.running
+    numeric_class = 0 if running.is_mixed else numeric_class
     degraded = degraded_sequences(running.step, running.batch, running.degraded_rows)
     retried = running.step.retried_calls + running.num_retried_calls
     if slot.role.is_last:
-        return _sampled(slot, finished, degraded, retried)
+        return _sampled(slot, finished, degraded, retried, numeric_class)
     return replace(
         running.step,
         degraded=flags_frame(degraded),
+        numeric_class=numeric_class,
         retried_calls=retried,
         hidden=tensor_to_frame(finished.output) if _is_awaited(slot, running.step) else NO_ARRAY,
     )
 
 
-def relayed(slot: Slot, step: Step, positions: Tensor) -> Step | StepResult:
+def relayed(slot: Slot, step: Step, positions: Tensor, numeric_class: int) -> Step | StepResult:
     """Passes on a replay step that is for other slots. A later one that computes gets what was sent on for its tokens
-    [T]."""
+    [T]. `numeric_class`: as if this stage had computed it."""
     if slot.role.is_last:
-        return EMPTY_RESULT
+        return replace(EMPTY_RESULT, degraded=step.degraded, numeric_class=numeric_class)
     logged = tensor_to_frame(slot.held.memory.logged(positions)) if _is_awaited(slot, step) else NO_ARRAY
-    return replace(step, hidden=logged)
+    return replace(step, hidden=logged, numeric_class=numeric_class)
 
 
 def _is_awaited(slot: Slot, step: Step) -> bool:
@@ -60,7 +72,7 @@ def _is_awaited(slot: Slot, step: Step) -> bool:
     return not step.computing_slots or max(step.computing_slots) > slot.role.slot.index
 
 
-def _sampled(slot: Slot, finished: Finished, degraded: BoolArray, retried_calls: int) -> StepResult:
+def _sampled(slot: Slot, finished: Finished, degraded: BoolArray, retried_calls: int, numeric_class: int) -> StepResult:
     batch = finished.running.batch
     assert batch.sampling is not None
     with torch.inference_mode():
@@ -72,7 +84,8 @@ def _sampled(slot: Slot, finished: Finished, degraded: BoolArray, retried_calls:
         logprobs=array_to_frame(sampled.logprobs),
         top_token_ids=array_to_frame(sampled.top_token_ids),
         top_logprobs=array_to_frame(sampled.top_logprobs),
-        degraded=flags_frame(degraded[batch.row_sequence[batch.sampling_rows].numpy()]),
+        degraded=flags_frame(degraded),
+        numeric_class=numeric_class,
         retried_calls=retried_calls,
     )
 

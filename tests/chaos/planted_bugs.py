@@ -109,6 +109,22 @@ def leak_block(free: Callable[..., None]) -> Callable[..., None]:
     return planted
 
 
+def forget_salt(make: Callable[..., None]) -> Callable[..., None]:
+    """What was computed under one salt is found under every other one."""
+    return lambda self, salt, block_tokens: make(self, "", block_tokens)
+
+
+def keep_evicted(evict: Callable[..., int]) -> Callable[..., int]:
+    """A cached block is given to another, and its entry stays: the one that was of use last, so that it is missed."""
+
+    def planted(self: Any) -> int:
+        block_id: int = next(reversed(self._idle))
+        self.wake(block_id)
+        return block_id
+
+    return planted
+
+
 def take_late_reply(receive: Callable[..., Any]) -> Callable[..., Any]:
     """A late answer of an expert node is taken for the answer to another call: the next that is answered."""
     sent_s: dict[int, float] = {}
@@ -315,7 +331,13 @@ BUGS = {
         "stage", "services.stage.model.kv_cache", "PagedMemory", "logged", flip_replayed_bit
     ),
     "leaked_block": PlantedBug(
-        "router", "services.router.scheduling.block_allocator", "BlockAllocator", "free", leak_block
+        "router", "services.router.scheduling.blocks.block_allocator", "BlockAllocator", "free", leak_block
+    ),
+    "forgotten_salt": PlantedBug(
+        "router", "services.router.scheduling.blocks.key_chain", "KeyChain", "__init__", forget_salt
+    ),
+    "kept_evicted": PlantedBug(
+        "router", "services.router.scheduling.blocks.prefix_cache", "PrefixCache", "evict", keep_evicted
     ),
     "unfenced_late_reply": PlantedBug("stage", "common.wire.transport", "MessageSocket", "receive", take_late_reply),
     "overclaimed_mark": PlantedBug(

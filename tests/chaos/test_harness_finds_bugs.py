@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ DAMAGED_FRAMES = {
     "heal_after_s": [1.0, 2.0],
     "parameters": {"kind": "corrupt", "percent": 10.0, "seed": 7},
 }
+ALIKE = {"alike": 1.0, "salted": 0.4, "requests": 8, "prompt_words": [40, 60]}
 KILLED_STAGE = {"kind": "kill", "victims": {"kind": "stage"}}
 
 
@@ -67,6 +68,8 @@ class Case:
     settings: Mapping[str, str]
     num_faults: int = 2
     target: type[LocalTarget] = LocalTarget
+    load: Mapping[str, Any] = field(default_factory=dict)
+    """What is asked otherwise than by the rest; then the undisturbed answers of its own run are right."""
 
 
 TOKENS = ("tokens_changed", "logprobs")
@@ -75,6 +78,8 @@ CASES = {
     "doubled_token": Case(("tokens_doubled",), BLIP, {}),
     "flipped_logprob_bit": Case(("logprobs",), BLIP, {}),
     "leaked_block": Case(("leaks_mesh",), BLIP, {}),
+    "forgotten_salt": Case(("salts",), BLIP, {}, load=ALIKE),
+    "kept_evicted": Case(TOKENS, BLIP, {"KV_CACHE_TOKENS": "4096"}, num_faults=4, load=ALIKE),
     "stale_samples": Case(TOKENS, BLIP, {}),
     "unfenced_late_reply": Case(TOKENS, SHORT_PAUSE, {"CALL_RINGS": "off"}),  # it is one of messages
     "hedge_counted_twice": Case(TOKENS, LONG_PAUSE, {}),
@@ -102,6 +107,7 @@ def experiment(case: Case) -> Experiment:
                 "stop": 0,
                 "two_choices": 0,
                 "penalties": 0,
+                **case.load,
             },
             "timeline": {
                 "count": case.num_faults,
@@ -143,8 +149,17 @@ def healthy(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Hist
 def test_the_product_as_it_is_has_none_of_these_bugs(healthy: tuple[History, Reference]) -> None:
     judgement = judged(CASES["dropped_token"], *healthy)
     states = {verdict.name: verdict.state for verdict in judgement.verdicts}
-    named = {name for case in CASES.values() for name in case.verdicts}
+    named = {name for case in CASES.values() for name in case.verdicts if not case.load}
     assert {name: states[name] for name in named} == dict.fromkeys(named, State.HELD)
+
+
+def test_nor_has_it_one_where_prompts_begin_alike(model: Path, tmp_path: Path) -> None:
+    case = CASES["kept_evicted"]
+    history, made = run(case, model, tmp_path, {})
+    judgement = judged(case, history, made.reference)
+    assert {v.name: v.state for v in judgement.verdicts if v.name in (*TOKENS, "salts", "leaks_mesh")} == dict.fromkeys(
+        (*TOKENS, "salts", "leaks_mesh"), State.HELD
+    )
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -152,7 +167,8 @@ def test_a_planted_bug_turns_its_verdict_red(
     name: str, model: Path, healthy: tuple[History, Reference], tmp_path: Path
 ) -> None:
     case = CASES[name]
-    history, _ = run(case, model, tmp_path / "logs", module_of(name))
-    verdicts = {verdict.name: verdict for verdict in judged(case, history, healthy[1]).verdicts}
+    history, made = run(case, model, tmp_path / "logs", module_of(name))
+    reference = made.reference if case.load else healthy[1]
+    verdicts = {verdict.name: verdict for verdict in judged(case, history, reference).verdicts}
     broken = [verdicts[found].sentence for found in case.verdicts if verdicts[found].state is State.BROKEN]
     assert broken, [(verdict.name, verdict.state.value, verdict.sentence) for verdict in verdicts.values()]

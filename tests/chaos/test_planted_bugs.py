@@ -22,7 +22,9 @@ from common.wire.array import array_to_frame, frame_to_array
 from common.wire.call_ring import Outcome
 from common.wire.transport import MessageSocket
 from services.router.mesh.sockets import MeshClient
-from services.router.scheduling.block_allocator import BlockAllocator
+from services.router.scheduling.blocks.block_allocator import BlockAllocator
+from services.router.scheduling.blocks.key_chain import KeyChain
+from services.router.scheduling.blocks.prefix_cache import PrefixCache
 from services.stage.experts.rings import Rings
 from services.stage.slot.early_steps import EarlySteps
 from tests.chaos import planted_bugs
@@ -316,3 +318,22 @@ def test_a_mesh_starts_the_module_that_it_is_given(monkeypatch: pytest.MonkeyPat
         mesh._start(Child(f"{service}-0", f"services.{service}", {}, tmp_path / "log"))
     assert started[0][1:] == ["-P", "-m", "tests.chaos.planted_bugs", "leaked_block", "services.router"]
     assert started[1][1:] == ["-P", "-m", "services.stage"]
+
+
+def test_keys_that_forget_the_salt_are_the_same_under_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(salt: str) -> bytes:
+        return KeyChain(salt, 1).key(0, 1, lambda start, stop: [5])
+
+    assert key("a") != key("b")
+    monkeypatch.setattr(KeyChain, "__init__", planted_bugs.forget_salt(KeyChain.__init__))
+    assert key("a") == key("b")
+
+
+def test_an_entry_that_is_kept_names_a_block_that_somebody_else_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PrefixCache, "evict", planted_bugs.keep_evicted(PrefixCache.evict))
+    allocator = BlockAllocator(1)
+    (block_id,) = allocator.allocate(1) or ()
+    allocator.cache.add(b"key", block_id, 1)
+    allocator.free([block_id])
+    assert allocator.allocate(1) == (block_id,)
+    assert allocator.cache.find(b"key") == block_id

@@ -241,21 +241,30 @@ def combine(slots: Iterable[HeldSlot], block_tokens: int) -> HeldCache:
     """Returns what can be resumed: sequences that every reporting slot has, as far as all have computed them.
 
     Tables may differ in length, since a step reaches one stage before the next; where they differ in content, or two
-    sequences name one block, nothing of them is of use.
+    sequences name one block, nothing of them is of use. But a block that is whole in both may stand at one place in
+    both: they begin alike.
     """
     reports = list(slots)
     known = [report.sequences for report in reports]
     everything = sorted(set().union(*known)) if known else []
     kept: dict[int, HeldSequence] = {}
-    named: set[int] = set()
+    named: dict[int, tuple[int, int]] = {}
+    """Each block's place in its table, and how many positions of that were computed."""
     for sequence_id in everything:
         held = [sequences[sequence_id] for sequences in known if sequence_id in sequences]
         longest = max((entry.block_ids for entry in held), key=len)
         num_computed = min(entry.num_computed for entry in held)
         agree = all(longest[: len(entry.block_ids)] == entry.block_ids for entry in held)
         covered = num_computed <= len(longest) * block_tokens
-        if len(held) == len(reports) and agree and covered and named.isdisjoint(longest) and num_computed:
-            kept[sequence_id] = HeldSequence(longest, num_computed)
-            named.update(longest)
+        if len(held) == len(reports) and agree and covered and num_computed:
+            places = [(block, (index, num_computed)) for index, block in enumerate(longest)]
+            if all(block not in named or _is_shared(named[block], place, block_tokens) for block, place in places):
+                kept[sequence_id] = HeldSequence(longest, num_computed)
+                named.update(places)
     released = tuple(number for number in everything if number not in kept)
     return HeldCache(kept, released, {report.slot: report.last_step for report in reports})
+
+
+def _is_shared(one: tuple[int, int], other: tuple[int, int], block_tokens: int) -> bool:
+    """Returns whether a block is whole, and at one place, in two sequences. Each: the place, and positions computed."""
+    return one[0] == other[0] and (one[0] + 1) * block_tokens <= min(one[1], other[1])

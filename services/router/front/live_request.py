@@ -116,6 +116,12 @@ class LiveRequest:
             sum(count.retried_calls for count in counts),
         )
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Counts the prompt tokens that were found in the cache: of each prompt once, for its first choice."""
+        first = (choice.tokens[:1] for choice in self.choices if choice.planned.request.choice == 0)
+        return sum(token.num_cached_tokens for tokens in first for token in tokens)
+
     def start(self) -> None:
         """Asks the mesh for all choices that are not over."""
         for choice in self.choices:

@@ -19,6 +19,7 @@ from common.errors import ContextLengthError, InvalidRequestError, UnknownModelE
 from common.ids import RequestId
 from services.router.engine import GenerationRequest, SamplingParameters
 from services.router.front.schema.openai_schema import (
+    MAX_NAME_CHARACTERS,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationFields,
@@ -246,7 +247,15 @@ class RequestPlanner:
             for choice in range(request.num_choices):
                 index = len(choices)
                 request_id = RequestId(f"{identity.reply_id}-{index}")
-                generation = GenerationRequest(request_id, token_ids, sampling, choice, identity.reply_id)
+                generation = GenerationRequest(
+                    request_id,
+                    token_ids,
+                    sampling,
+                    choice,
+                    identity.reply_id,
+                    cache_salt=request.cache_salt or "",
+                    uses_cache=request.cache != "off",
+                )
                 choices.append(PlannedChoice(index, generation, stop_strings, echoed_text))
         return PlannedRequest(request, identity, self._settings.system_fingerprint, tuple(choices), misfit)
 
@@ -289,6 +298,24 @@ class RequestPlanner:
                 "logit_bias",
             )
         return biases
+
+
+def with_salt(body: bytes, salt: str | None) -> bytes:
+    """Returns the body with what the header says of its salt, so that all that is made of it later, after a restart
+    too, has it. Raises InvalidRequestError if both say something else. What is no JSON object is refused later."""
+    if salt is None:
+        return body
+    if len(salt) > MAX_NAME_CHARACTERS:
+        raise InvalidRequestError(f"Moemesh-Cache-Salt: must have at most {MAX_NAME_CHARACTERS} characters")
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    if not isinstance(fields, dict):
+        return body
+    if fields.get("cache_salt") not in (None, salt):
+        raise InvalidRequestError("Moemesh-Cache-Salt and `cache_salt` say different things; give one", "cache_salt")
+    return json.dumps({**fields, "cache_salt": salt}).encode()
 
 
 def body_hash(route: str, body: bytes) -> str:

@@ -34,9 +34,12 @@ def running_usage(num_prompt_tokens: int, num_completion_tokens: int) -> JsonObj
     }
 
 
-def usage_of(planned: PlannedRequest, num_completion_tokens: int, extension: JsonObject | None) -> JsonObject:
+def usage_of(
+    planned: PlannedRequest, num_completion_tokens: int, num_cached_tokens: int, extension: JsonObject | None
+) -> JsonObject:
     """Returns OpenAI's usage object of a reply that is complete, with `extension` as what is not OpenAI's."""
     usage = running_usage(planned.num_prompt_tokens, num_completion_tokens)
+    usage["prompt_tokens_details"] = {"cached_tokens": num_cached_tokens}
     return usage if extension is None else {**usage, "moemesh": extension}
 
 
@@ -241,11 +244,11 @@ class ChunkEncoder:
             self._add_token_ids(choices[0], event)
         return b"".join(self._chunk(choice, suffix) for choice in choices)
 
-    def usage(self, num_completion_tokens: int, extension: JsonObject) -> bytes:
+    def usage(self, num_completion_tokens: int, num_cached_tokens: int, extension: JsonObject) -> bytes:
         """Returns the last chunk if the client asked for it, else b""."""
         if not self._with_usage:
             return b""
-        usage = _ENCODER.encode(usage_of(self._planned, num_completion_tokens, extension))
+        usage = _ENCODER.encode(usage_of(self._planned, num_completion_tokens, num_cached_tokens, extension))
         return f'{self._prefix}],"usage":{usage}}}\n\n'.encode()
 
     def _chunk(self, choice: JsonObject, suffix: str) -> bytes:

@@ -45,7 +45,7 @@ from services.router.front.live_request import (
     parse_event_id,
 )
 from services.router.front.metrics import FrontMetrics
-from services.router.front.planning import CHAT, COMPLETIONS, ReplyIdentity, RequestPlanner
+from services.router.front.planning import CHAT, COMPLETIONS, ReplyIdentity, RequestPlanner, with_salt
 from services.router.front.registry import RequestRegistry
 from services.router.front.replies import (
     DONE_EVENT,
@@ -193,6 +193,7 @@ class GenerationRoutes:
         try:
             identity = identity_of(request)
             body = await read_body(request, self._max_body_bytes, held)
+            body = with_salt(body, request.headers.get("moemesh-cache-salt"))
             work = self._accept(route, body, identity, _last_event_id(request), held)
             return await run_while_connected(work, request.receive)
         finally:
@@ -321,7 +322,8 @@ class ReplySender:
                     break
                 opening = b""
                 events = await reader.next_events(self._keep_alive_interval_s)
-            yield encoder.usage(reader.num_completion_tokens, self._extension(reader)) + DONE_EVENT
+            counts = reader.num_completion_tokens, reader.live.num_cached_tokens
+            yield encoder.usage(*counts, self._extension(reader)) + DONE_EVENT
         except RouterStoppingError:
             return  # without [DONE]: the client comes back for the rest
         except Exception as error:
@@ -335,7 +337,12 @@ class ReplySender:
             planned,
             create_form(planned, self._vocabulary),
             [merge_events(of_choice) for of_choice in events],
-            usage_of(planned, reader.num_completion_tokens, self._extension(reader) if is_extended else None),
+            usage_of(
+                planned,
+                reader.num_completion_tokens,
+                reader.live.num_cached_tokens,
+                self._extension(reader) if is_extended else None,
+            ),
         )
 
     def _extension(self, reader: ReplyReader) -> JsonObject:

@@ -59,6 +59,15 @@ def _requests(status: MeshStatus) -> Iterator[Metric]:
         ),
         ("moemesh_preemptions", "Requests sent back to the queue for want of KV blocks", counters.preemptions),
         ("moemesh_failed_steps", "Steps that a stage could not do", counters.failed_steps),
+        (
+            "moemesh_prefix_tokens_asked",
+            "Prompt tokens that were looked for in the cache",
+            counters.prefixes.tokens_asked,
+        ),
+        ("moemesh_prefix_tokens_found", "Those of them that were there", counters.prefixes.tokens_found),
+        ("moemesh_prefix_blocks_found", "Cached KV blocks that requests went on with", counters.prefixes.blocks_found),
+        ("moemesh_prefix_blocks_entered", "KV blocks that became findable", counters.prefixes.blocks_entered),
+        ("moemesh_prefix_blocks_evicted", "Cached KV blocks given to others", counters.prefixes.blocks_evicted),
     ):
         yield CounterMetricFamily(name, text, value)
 
@@ -81,6 +90,7 @@ def _pipelines(status: MeshStatus) -> Iterator[Metric]:
         ("moemesh_pipelines_open", "Pipelines that take steps", len(scheduler.pipelines)),
         ("moemesh_kv_blocks", "KV blocks of all open pipelines", sum(status.num_blocks.values())),
         ("moemesh_kv_blocks_free", "KV blocks that no sequence holds", scheduler.num_free_blocks),
+        ("moemesh_kv_blocks_cached", "KV blocks that hold a beginning to be found", scheduler.num_cached_blocks),
         ("moemesh_steps_in_flight", "Steps sent and not answered", scheduler.num_steps_in_flight),
         ("moemesh_missing_copies", "Safety copies of experts without room", redundancy.missing_copies),
         ("moemesh_copies_to_load", "Safety copies of experts that are not loaded yet", redundancy.copies_to_load),

@@ -13,11 +13,11 @@ import numpy as np
 
 from common.errors import ProtocolError
 from common.ids import SequenceId
-from common.messages import Header, Step, StepResult
+from common.messages import FIRST_CLASS, Header, Step, StepResult
 from common.wire.array import Float64Array, Int32Array, Int64Array, array_to_frame, frame_to_array
 from common.wire.records import SAMPLING, SEED, STEP_SEQUENCE, records_to_frame
 from services.router.engine import Token
-from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
+from services.router.scheduling.step_plan import ComputedBy, ScheduledChunk, StepPlan
 
 
 def step_message(plan: StepPlan) -> Step:
@@ -55,6 +55,7 @@ def step_message(plan: StepPlan) -> Step:
         seeds=records_to_frame(seeds, SEED),
         computing_slots=plan.computing_slots,
         previous_step=plan.previous_step,
+        numeric_class=FIRST_CLASS,
         awaited_step=plan.awaited_step,
     )
     adjusted = adjusted_rows(sampled)
@@ -111,18 +112,25 @@ def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[
         raise ProtocolError(
             f"StepResult.top_token_ids has {top_ids.shape[1]} columns, the step asked for {num_columns}"
         )
-    degraded = [0] * count
-    if result.degraded.shape != (0,):
-        degraded = frame_to_array(result.degraded, "uint8", (count,), "StepResult.degraded").tolist()
+    degraded = computed_by(result, plan).degraded
     sampled: dict[SequenceId, Token] = {}
     for row, sequence_id in enumerate(ids):
         num_top = wanted[sequence_id]
         if num_top is None:
-            sampled[sequence_id] = Token(tokens[row], degraded=bool(degraded[row]))
+            sampled[sequence_id] = Token(tokens[row], degraded=sequence_id in degraded)
             continue
         top = zip(top_ids[row, :num_top].tolist(), top_logprobs[row, :num_top].tolist(), strict=True)
-        sampled[sequence_id] = Token(tokens[row], float(logprobs[row]), tuple(top), degraded=bool(degraded[row]))
+        sampled[sequence_id] = Token(tokens[row], float(logprobs[row]), tuple(top), degraded=sequence_id in degraded)
     return sampled
+
+
+def computed_by(result: StepResult, plan: StepPlan) -> ComputedBy:
+    """Reads what others may find of a step. Raises ProtocolError if the flags are not those of the plan's sequences."""
+    flags: list[int] = []
+    if result.degraded.shape != (0,):
+        flags = frame_to_array(result.degraded, "uint8", (len(plan.chunks),), "StepResult.degraded").tolist()
+    degraded = (chunk.sequence_id for chunk, flag in zip(plan.chunks, flags, strict=False) if flag)
+    return ComputedBy(result.numeric_class, frozenset(degraded))
 
 
 def adjusted_rows(sampled: Sequence[ScheduledChunk]) -> Int64Array:

@@ -19,7 +19,13 @@ from services.router.control.actions import OpenPipeline
 from services.router.engine import Token
 from services.router.mesh.sockets import MeshClient
 from services.router.mesh.status import HopTotals
-from services.router.mesh.step_message import sampled_tokens, step_header, step_message, unsendable_sequences
+from services.router.mesh.step_message import (
+    computed_by,
+    sampled_tokens,
+    step_header,
+    step_message,
+    unsendable_sequences,
+)
 from services.router.scheduling.pipeline_schedule import StepInFlight
 from services.router.scheduling.scheduler import Scheduler
 
@@ -149,7 +155,8 @@ class StepFlow:
                 self.totals.pipeline_steps += 1
                 # What it waited for the tokens of the step before is that one's time.
                 self.totals.pipeline_seconds += now_s - max(step.sent_s or now_s, step.planned_s)
-            outputs = self.scheduler.complete(plan.step, sampled, now_s, message.retried_calls)
+            by = computed_by(message, plan)
+            outputs = self.scheduler.complete(plan.step, sampled, now_s, message.retried_calls, by)
             self._outcomes += [(output.request_id, output.token) for output in outputs]
         return broken
 

@@ -1,4 +1,4 @@
-"""One pipeline: its block pool, the requests that run on it, and its steps in flight; and all pipelines together.
+"""One pipeline: its block pool, the requests that run on it, and its steps in flight.
 
 When a slot is lost, the pipeline is suspended: steps in flight are void, requests keep their blocks. It is resumed in a
 new generation, and what the new holder lacks is *replayed*: prefill in steps of their own, in which only its slot
@@ -18,18 +18,21 @@ from __future__ import annotations
 
 import math
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from common.ids import Generation, PipelineId, SequenceId, StepId
+from common.ids import Generation, SequenceId, StepId
 from services.router.control.actions import OpenPipeline
 from services.router.control.adoption import HeldCache, HeldSequence
 from services.router.scheduling.admission import num_blocks_for
-from services.router.scheduling.block_allocator import BlockAllocator
+from services.router.scheduling.blocks.block_allocator import BlockAllocator
+from services.router.scheduling.blocks.prefix_cache import PrefixCounters
+from services.router.scheduling.blocks.sharing import PrefixSharing
 from services.router.scheduling.pace import UNANSWERED_S, PipelinePace
 from services.router.scheduling.request import Blame, Request, RequestState, going_on_unseen
 from services.router.scheduling.settings import SchedulerSettings
-from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
+from services.router.scheduling.step_plan import ComputedBy, ScheduledChunk, StepPlan
 
 UNPLANNED_AHEAD_S = 30.0
 """How long nothing is planned ahead where a step that had waited for tokens was given up."""
@@ -59,11 +62,18 @@ class StepInFlight:
 class PipelineSchedule:
     """See the module."""
 
-    def __init__(self, opening: OpenPipeline, settings: SchedulerSettings, blame: Blame) -> None:
+    def __init__(
+        self,
+        opening: OpenPipeline,
+        settings: SchedulerSettings,
+        blame: Blame,
+        prefix_counters: PrefixCounters | None = None,
+    ) -> None:
         self.pipeline = opening.pipeline
         self.generation = opening.generation
         self.num_slots = opening.num_slots
-        self.allocator = BlockAllocator(opening.num_blocks)
+        self.allocator = BlockAllocator(opening.num_blocks, prefix_counters)
+        self.prefixes = PrefixSharing(self.allocator, settings.block_tokens, is_on=settings.caches_prefixes)
         self.running: list[Request] = []
         """Requests by arrival."""
         self.in_flight: dict[StepId, StepInFlight] = {}
@@ -96,7 +106,11 @@ class PipelineSchedule:
         return self.num_blocks_for(request.generation_request.max_num_tokens) <= self.allocator.num_blocks
 
     def admit(self, request: Request, sequence_id: SequenceId, now_s: float) -> None:
-        """Lets it run here from now on."""
+        """Lets it run here from now on, with the cached blocks that it finds."""
+        self._start(request, sequence_id, now_s)
+        self.prefixes.begin(request)
+
+    def _start(self, request: Request, sequence_id: SequenceId, now_s: float) -> None:
         request.start(self.pipeline, sequence_id, now_s)
         insort(self.running, request, key=lambda other: other.arrival)
 
@@ -229,6 +243,9 @@ class PipelineSchedule:
         for request in self.running:
             if not request.is_replaying:
                 (decoding if request.is_decoding else prefilling).append(request)
+                if not request.is_decoding:
+                    self.prefixes.take(request)
+        prefilling = self.prefixes.without_followers(prefilling)
         prefill_share = -(-len(prefilling) // self.max_micro_batches)
         ready_decodes = [request for request in decoding if not request.steps]
         ready_prefills = [request for request in prefilling if not request.steps]
@@ -276,9 +293,15 @@ class PipelineSchedule:
         """Returns which requests replay how many tokens next, by arrival; in all as many tokens as a step may have."""
         num_tokens_left = self._settings.max_batch_tokens
         picked: list[tuple[Request, int]] = []
+        replays = [step for step in self.in_flight.values() if step.plan.computing_slots]
+        ended = [other for step in replays for other in step.requests if other.state is not RequestState.RUNNING]
+        of_others = {block_id for other in ended for block_id in other.block_table}
         for request in self.running:
-            if request.is_replaying and not request.steps and num_tokens_left:
-                num_tokens = min(request.replay_stop - request.replay_position, num_tokens_left)
+            self.prefixes.skip_replayed(request, self.last_step)
+            if not request.is_replaying:
+                continue
+            num_tokens = min(self.prefixes.num_to_replay(request, of_others), num_tokens_left)
+            if num_tokens and not request.steps:
                 picked.append((request, num_tokens))
                 num_tokens_left -= num_tokens
         return picked
@@ -333,6 +356,25 @@ class PipelineSchedule:
             self._set_down(request, step)
         return in_flight
 
+    def note_computed(
+        self,
+        request: Request,
+        chunk: ScheduledChunk,
+        step: StepId,
+        computed_by: ComputedBy,
+        now_s: float,
+        *,
+        is_replay: bool,
+    ) -> None:
+        """Notes that a chunk of a step that has landed is in the cache: of every slot; or, of a replay, there again."""
+        if is_replay:
+            request.note_replayed(step, len(chunk.token_ids), now_s)
+            self.prefixes.note_replayed(request, chunk.start_position)
+        else:
+            assert chunk.start_position == request.num_computed_tokens, "chunks are answered in their order"
+            request.note_computed(step, len(chunk.token_ids), now_s)
+        self.prefixes.note_computed(request, chunk, step, computed_by)
+
     def _note_given_up(self, steps: Iterable[StepInFlight], now_s: float) -> None:
         """Plans nothing ahead for a while where a step had waited for tokens that were long there: the link from the
         last stage to the first may be cut, over which nothing else goes."""
@@ -358,7 +400,7 @@ class PipelineSchedule:
         assert request.sequence_id is not None, "it has run here"
         if request.block_table:  # else no stage has heard of it
             self.held_releases.append(request.sequence_id)
-            self.allocator.free(request.block_table)
+            self.allocator.free(reversed(request.block_table))  # what a longer chain ends with is evicted first
             request.block_table = []
 
     def suspend(self, now_s: float) -> None:
@@ -384,6 +426,7 @@ class PipelineSchedule:
                 covered[request] = by_slot
         for request, by_slot in covered.items():
             request.replay_from(min((by_slot[slot] for slot in lacking), default=request.num_computed_tokens))
+        self.prefixes.resume(self.running, kv_marks)
         self.generation, self.replay_slots, self.suspended_s = generation, tuple(sorted(lacking)), None
         self._last_planned = 0
         self.pace.opened(now_s)
@@ -420,11 +463,14 @@ class PipelineSchedule:
         """Returns False if it does not fit here, its blocks are not free, or its handling raised."""
         with self._blame.handling(request):
             num_computed = min(held.num_computed, request.num_tokens - 1)
-            if num_computed < 1 or not self.can_ever_hold(request) or not self.allocator.claim(held.block_ids):
+            if num_computed < 1 or not self.can_ever_hold(request):
                 return False
-            self.admit(request, sequence_id, now_s)
+            if not self.prefixes.claim(request, held.block_ids, num_computed, self.running):
+                return False
+            self._start(request, sequence_id, now_s)
             request.block_table = list(held.block_ids)
             request.num_computed_tokens = num_computed
+            request.numeric_class = 0  # whether a row of it went on without an expert, say, nobody knows any more
             request.kv_history = [(step, num_computed)]
             return True
         return False
@@ -455,6 +501,10 @@ class PipelineSchedule:
 
     # Being observed
 
+    def num_blocks_alone(self, request: Request) -> int:
+        """Returns how many blocks would be free if it gave up its own."""
+        return sum(self.allocator.reference_count(block_id) == 1 for block_id in request.block_table)
+
     @property
     def num_queued_tokens(self) -> int:
         """Counts tokens of its requests that are still to be prefilled."""
@@ -468,9 +518,12 @@ class PipelineSchedule:
             for chunk, request in zip(in_flight.plan.chunks, in_flight.requests, strict=True):
                 assert request.steps.get(step) == len(chunk.token_ids), f"{request.request_id} is not in step {step}"
                 holders[id(request)] = request
-        held = [block_id for request in holders.values() for block_id in request.block_table]
-        assert len(held) == len(set(held)), "two requests hold one block"
-        assert len(held) == self.allocator.num_blocks - self.allocator.num_free, "blocks are leaked"
+                if not in_flight.plan.computing_slots:
+                    self.prefixes.check_is_its_own(request, chunk)
+        held = Counter(block_id for request in holders.values() for block_id in request.block_table)
+        for block_id in range(self.allocator.num_blocks):
+            references = self.allocator.reference_count(block_id)
+            assert references == held[block_id], f"{held[block_id]} hold block {block_id}, {references} are counted"
         assert self._num_under_way() <= self._max_prefilling, "too many micro-batches in flight"
         assert len(self.in_flight) <= self._max_prefilling + 1, "more than one step is planned ahead"
         arrivals = [request.arrival for request in self.running]
@@ -503,90 +556,3 @@ def _isolated(picked: Sequence[tuple[Request, int]]) -> Sequence[tuple[Request, 
     """Returns a request whose last step failed alone, so that one that breaks its steps takes no others along."""
     suspect = next((pick for pick in picked if pick[0].num_failed_steps), None)
     return picked if suspect is None else [suspect]
-
-
-class PipelineSchedules:
-    """All pipelines that are open or suspended."""
-
-    def __init__(self, settings: SchedulerSettings, blame: Blame) -> None:
-        self._settings = settings
-        self._blame = blame
-        self.all: dict[PipelineId, PipelineSchedule] = {}
-        self._untold_releases: dict[PipelineId, list[SequenceId]] = {}
-        """Releases of closed pipelines: a stage that outlives the closing keeps its block tables until it is told."""
-        self._last_removed_s = -math.inf
-
-    @property
-    def open(self) -> dict[PipelineId, PipelineSchedule]:
-        """Returns those that take steps."""
-        return {pipeline: schedule for pipeline, schedule in self.all.items() if schedule.suspended_s is None}
-
-    @property
-    def pool_sizes(self) -> list[int]:
-        """Returns how many blocks each open one has."""
-        return [schedule.allocator.num_blocks for schedule in self.open.values()]
-
-    @property
-    def none_open_since_s(self) -> float | None:
-        """Returns when the last open one was suspended or closed, minus infinity for never; None while one is open."""
-        return None if self.open else self._last_removed_s
-
-    def suspended_since_s(self, request: Request) -> float | None:
-        """Returns since when the pipeline that a request runs on waits for a holder; None: it does not."""
-        schedule = self.all.get(request.pipeline) if request.pipeline is not None else None
-        return schedule.suspended_s if schedule is not None else None
-
-    @property
-    def steps_in_flight(self) -> list[StepInFlight]:
-        """Returns the unanswered steps of open pipelines, in the order in which they were planned."""
-        steps = [step for schedule in self.all.values() for step in schedule.in_flight.values()]
-        return sorted(steps, key=lambda step: step.plan.step)
-
-    def step(self, number: StepId) -> StepInFlight | None:
-        """Returns the step of this number; None if it is not in flight in an open pipeline."""
-        steps = (schedule.in_flight.get(number) for schedule in self.all.values())
-        return next((step for step in steps if step is not None), None)
-
-    def land(self, number: StepId, now_s: float, *, has_failed: bool = False) -> StepInFlight | None:
-        """Ends the step, and returns it; None if it is not in flight any more."""
-        step = self.step(number)
-        return None if step is None else self.all[step.plan.pipeline].land(number, now_s, has_failed=has_failed)
-
-    def begin(self, opening: OpenPipeline) -> PipelineSchedule:
-        """Returns the suspended one, or a new one that tells of what ran there before. Its owner resumes it."""
-        if opening.pipeline not in self.all:
-            schedule = PipelineSchedule(opening, self._settings, self._blame)
-            schedule.held_releases.extend(self._untold_releases.pop(opening.pipeline, []))
-            self.all[opening.pipeline] = schedule
-        return self.all[opening.pipeline]
-
-    def suspend(self, pipeline: PipelineId, now_s: float) -> None:
-        """Lets it take no steps until it is resumed. One that is not open stays as it is."""
-        if pipeline in self.open:
-            self._last_removed_s = now_s
-            self.all[pipeline].suspend(now_s)
-
-    def close(self, pipeline: PipelineId, now_s: float) -> list[Request]:
-        """Forgets it. Returns the requests that ran there, without cache, by arrival."""
-        if pipeline not in self.all:
-            return []
-        schedule = self._remove(pipeline, now_s)
-        requests = schedule.abandon()
-        self._untold_releases[pipeline] = schedule.held_releases
-        return requests
-
-    def discard(self, pipeline: PipelineId, sequence_ids: Iterable[SequenceId], now_s: float) -> None:
-        """Forgets one whose blocks do not add up. Stages are told to forget `sequence_ids`, and what they were to be
-        told anyway, when it opens again."""
-        schedule = self._remove(pipeline, now_s)
-        told = [*schedule.held_releases, *sequence_ids]
-        for step in schedule.in_flight.values():
-            told += step.plan.released
-            told += (chunk.sequence_id for chunk in step.plan.chunks)
-        self._untold_releases[pipeline] = list(dict.fromkeys(told))
-
-    def _remove(self, pipeline: PipelineId, now_s: float) -> PipelineSchedule:
-        schedule = self.all.pop(pipeline)
-        if schedule.suspended_s is None:
-            self._last_removed_s = now_s
-        return schedule

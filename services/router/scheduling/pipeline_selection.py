@@ -16,26 +16,33 @@ COOLING_S = 30.0
 """How long new requests go elsewhere once a pipeline was opened more than MAX_OPENINGS times within the window."""
 
 
-def _least_in_flight(schedules: Sequence[PipelineSchedule]) -> list[float]:
-    return [float(len(schedule.running)) for schedule in schedules]
-
-
-def _weighted(schedules: Sequence[PipelineSchedule]) -> list[float]:
-    """Adds queue (0.4), utilisation (0.3) and p99 (0.3). Queue and p99 are relative to the worst: units cancel."""
-    longest_queue = max(1, *(each.num_queued_tokens for each in schedules))
-    slowest_s = max(1e-9, *(each.pace.p99_s for each in schedules))
+def _least_in_flight(schedules: Sequence[PipelineSchedule], extra_tokens: Sequence[int]) -> list[float]:
+    """Counts requests. What has to be computed there alone counts by the chunk, each of which delays a step of all."""
     return [
-        0.4 * each.num_queued_tokens / longest_queue
-        + 0.3 * (each.allocator.num_blocks - each.allocator.num_free) / each.allocator.num_blocks
-        + 0.3 * each.pace.p99_s / slowest_s
-        for each in schedules
+        len(schedule.running) + extra / TOKENS_LIKE_A_REQUEST
+        for schedule, extra in zip(schedules, extra_tokens, strict=True)
     ]
 
 
-POLICIES: Mapping[str, Callable[[Sequence[PipelineSchedule]], list[float]]] = MappingProxyType(
-    {"least_in_flight": _least_in_flight, "weighted": _weighted}
-)
-"""Name -> a score for each; the lowest takes the request, equal ones take turns."""
+def _weighted(schedules: Sequence[PipelineSchedule], extra_tokens: Sequence[int]) -> list[float]:
+    """Adds queue (0.4), utilisation (0.3) and p99 (0.3). Queue and p99 are relative to the worst: units cancel."""
+    queued = [each.num_queued_tokens + extra for each, extra in zip(schedules, extra_tokens, strict=True)]
+    longest_queue = max(1, *queued)
+    slowest_s = max(1e-9, *(each.pace.p99_s for each in schedules))
+    return [
+        0.4 * tokens / longest_queue
+        + 0.3 * (each.allocator.num_blocks - each.allocator.num_free) / each.allocator.num_blocks
+        + 0.3 * each.pace.p99_s / slowest_s
+        for each, tokens in zip(schedules, queued, strict=True)
+    ]
+
+
+TOKENS_LIKE_A_REQUEST = 256
+"""A prefill of so many tokens, one chunk, keeps a pipeline as busy as one more request does while it runs."""
+Policy = Callable[[Sequence[PipelineSchedule], Sequence[int]], list[float]]
+POLICIES: Mapping[str, Policy] = MappingProxyType({"least_in_flight": _least_in_flight, "weighted": _weighted})
+"""Name -> a score for each; the lowest takes the request, equal ones take turns. They are given the pipelines, and how
+many tokens each would have to compute that the one with the longest prefix has in its cache."""
 
 
 class PipelineSelection:
@@ -63,12 +70,15 @@ class PipelineSelection:
         steady = [pipeline for pipeline in pipelines if now_s >= self._cool_until_s.get(pipeline, now_s)]
         return steady or list(pipelines)
 
-    def choose(self, schedules: Sequence[PipelineSchedule]) -> PipelineId | None:
-        """Returns the pipeline that takes the next request; None if every one is at its cap."""
+    def choose(self, schedules: Sequence[PipelineSchedule], num_found: Sequence[int] = ()) -> PipelineId | None:
+        """Returns the pipeline that takes the next request; None if every one is at its cap. `num_found`: by pipeline,
+        how many of the request's tokens are cached there; empty: none anywhere."""
+        found = {each.pipeline: tokens for each, tokens in zip(schedules, num_found, strict=False)}
         candidates = [schedule for schedule in schedules if len(schedule.running) < schedule.max_running]
         if not candidates:
             return None
-        scores = self._scores_of(candidates)
+        most = max((found.get(each.pipeline, 0) for each in candidates), default=0)
+        scores = self._scores_of(candidates, [most - found.get(each.pipeline, 0) for each in candidates])
         best = min(scores)
         equals = sorted(each.pipeline for each, score in zip(candidates, scores, strict=True) if score == best)
         after_last = [pipeline for pipeline in equals if pipeline > self._last_pick]

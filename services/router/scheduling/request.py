@@ -20,6 +20,7 @@ import numpy as np
 from common.ids import PipelineId, RequestId, SequenceId, StepId
 from common.messages import AWAITED_TOKEN
 from services.router.engine import FinishReason, GenerationRequest, RecoveryCounts, Token
+from services.router.scheduling.blocks.key_chain import BlockKey, KeyChain
 from services.router.scheduling.pace import RequestPace
 from services.router.scheduling.step_plan import StepPlan
 
@@ -88,8 +89,17 @@ class Request:
     in this generation."""
     waits_for_start: bool = field(init=False)
     """It came with a router's start and has not run since: nodes may have to load first, which is not an outage."""
+    block_tokens: int = 32
+    _keys: KeyChain = field(init=False)
+    numeric_class: int | None = None
+    """By which its cache is computed; None: nothing of it is there yet; 0: that is not known, and nothing is cached."""
+    num_entered_blocks: int = 0
+    """Blocks at its beginning that were entered into the table of cached ones, or were there."""
+    num_found_tokens: int = 0
+    """Prompt tokens that were found in the cache, and that it had not computed before."""
 
     def __post_init__(self) -> None:
+        self._keys = KeyChain(self.generation_request.cache_salt, self.block_tokens)
         self.queued_s = self.arrived_s
         self.generated_token_ids = list(self.generation_request.generated_token_ids)
         self.held_sequence_id = self.generation_request.sequence_id
@@ -173,6 +183,24 @@ class Request:
         if self.steps:  # it waits for the next one already
             self.pace.planned(now_s)
         self.max_computed_tokens = max(self.max_computed_tokens, self.num_computed_tokens)
+        self._note_history(step)
+
+    def take_blocks(self, block_ids: Sequence[int], steps: Sequence[int]) -> None:
+        """Adds whole blocks that hold its next tokens already, each by the step that goes with it. The stages are told
+        its whole table again, since they take it for computed up to where a table begins."""
+        start = self.num_computed_tokens
+        for block_id, step in zip(block_ids, steps, strict=True):
+            self.block_table.append(block_id)
+            self.num_computed_tokens += self.block_tokens
+            self._note_history(max(step, self.kv_history[-1][0] if self.kv_history else 0))
+        stop = min(self.num_computed_tokens, len(self.generation_request.prompt_token_ids))
+        self.num_found_tokens += max(0, stop - max(start, self.max_computed_tokens))
+        self.max_computed_tokens = max(self.max_computed_tokens, self.num_computed_tokens)
+        self.tell_anew()
+
+    def _note_history(self, step: int) -> None:
+        if self.kv_history and self.kv_history[-1][0] == step:
+            self.kv_history.pop()
         self.kv_history.append((step, self.num_computed_tokens))
         if len(self.kv_history) > MAX_KV_HISTORY:
             del self.kv_history[0]
@@ -181,8 +209,12 @@ class Request:
         """Notes that this many more tokens are there again. Once all are, no copy from before this step has them."""
         if not self.num_failed_steps:
             self.pace.progressed(now_s, is_measure=False)
-        self.replay_position += num_tokens
         self.num_replayed_tokens += num_tokens
+        self.skip_replay(step, self.replay_position + num_tokens)
+
+    def skip_replay(self, step: int, position: int) -> None:
+        """Lets it go on from a position: what is before it is there again by this step, whoever has replayed it."""
+        self.replay_position = position
         if not self.is_replaying:
             self.kv_history = [(step, self.num_computed_tokens)]
 
@@ -203,6 +235,11 @@ class Request:
         prompt = self.generation_request.prompt_token_ids
         generated = self.generated_token_ids
         return prompt[start:stop] + tuple(generated[max(0, start - len(prompt)) : max(0, stop - len(prompt))])
+
+    def block_key(self, index: int, numeric_class: int) -> BlockKey:
+        """Returns the name of what its block `index` holds, all of whose tokens must be known."""
+        assert (index + 1) * self.block_tokens <= self.num_tokens, "a token that is awaited has no part in a key"
+        return self._keys.key(index, numeric_class, self.token_ids)
 
     def tells_adjustments(self, num_generated: int) -> bool:
         """Returns whether the last stage must be told of its penalties and biases in the step that goes on after so
@@ -244,7 +281,8 @@ class Request:
         self.queued_s = now_s
 
     def _forget_cache(self) -> None:
-        self.num_computed_tokens = self.replay_position = self.replay_stop = 0
+        self.num_computed_tokens = self.replay_position = self.replay_stop = self.num_entered_blocks = 0
+        self.numeric_class = None
         self.kv_history.clear()
         self.tell_anew()
 
@@ -252,6 +290,8 @@ class Request:
         """Appends a token; RUNNING -> FINISHED at a stop token or at max_tokens. A stop token is not text."""
         if self.state is not RequestState.RUNNING:
             raise ValueError(f"request {self.request_id} is {self.state} and takes no token")
+        if self.num_found_tokens and not self.generated_token_ids:
+            sampled = replace(sampled, num_cached_tokens=self.num_found_tokens)
         self.generated_token_ids.append(sampled.token_id)
         self.num_failed_steps = 0
         sampling = self.generation_request.sampling

@@ -16,12 +16,13 @@ from common.ids import PipelineId, RequestId, SequenceId, StepId
 from services.router.control.actions import OpenPipeline
 from services.router.engine import GenerationRequest, Token
 from services.router.scheduling.admission import Admission, CompletionRate, lateness
-from services.router.scheduling.pipeline_schedule import PipelineSchedules, StepInFlight
+from services.router.scheduling.pipeline_schedule import StepInFlight
+from services.router.scheduling.pipeline_schedules import PipelineSchedules
 from services.router.scheduling.pipeline_selection import PipelineSelection
 from services.router.scheduling.request import Attend, Blame, Request, RequestState
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot, pipeline_evidence
-from services.router.scheduling.step_plan import RequestFailure, StepPlan, TokenOutput
+from services.router.scheduling.step_plan import UNKNOWN, ComputedBy, RequestFailure, StepPlan, TokenOutput
 from services.router.scheduling.waiting_line import WaitingLine
 
 
@@ -37,7 +38,7 @@ class Scheduler:
         self._completion_rate = CompletionRate()
         self._requests: dict[RequestId, Request] = {}
         self._blame = Blame(attend)
-        self._schedules = PipelineSchedules(settings, self._blame)
+        self._schedules = PipelineSchedules(settings, self._blame, self.counters.prefixes)
         self._waiting = WaitingLine(self._schedules, self._selection, self._blame, self.counters, first_number)
         self._failures: list[RequestFailure] = []
         self._renewals: list[PipelineId] = []
@@ -64,7 +65,7 @@ class Scheduler:
                 largest_pool_blocks=max(self._schedules.pool_sizes, default=None),
                 completions_per_s=self._completion_rate.per_s(now_s),
             )
-        admitted = Request(request, arrival, now_s)
+        admitted = Request(request, arrival, now_s, block_tokens=self.settings.block_tokens)
         self._requests[request.request_id] = admitted
         self._waiting.insert(admitted)
 
@@ -178,6 +179,7 @@ class Scheduler:
         sampled: Mapping[SequenceId, Token],
         now_s: float,
         retried_calls: int = 0,
+        computed_by: ComputedBy = UNKNOWN,
     ) -> list[TokenOutput]:
         """Applies an answer. Returns what to journal and deliver, by arrival. That of a step that is not in flight
         changes nothing.
@@ -188,6 +190,7 @@ class Scheduler:
         if in_flight is None:
             return []
         outputs: list[TokenOutput] = []
+        schedule, is_replay = self._schedules.all[in_flight.plan.pipeline], bool(in_flight.plan.computing_slots)
         for chunk, request in zip(in_flight.plan.chunks, in_flight.requests, strict=True):
             if request.state is not RequestState.RUNNING or self._blame.has(request):
                 continue
@@ -200,14 +203,11 @@ class Scheduler:
                         f"pipeline {request.pipeline} answered step {step} without a token for {request.request_id}"
                     )
                     self._retry(request, error, now_s)
-                elif in_flight.plan.computing_slots:
-                    request.note_replayed(step, len(chunk.token_ids), now_s)
-                    self.counters.tokens_replayed += len(chunk.token_ids)
-                else:
-                    assert chunk.start_position == request.num_computed_tokens, "chunks are answered in their order"
-                    request.note_computed(step, len(chunk.token_ids), now_s)
-                    if chunk.samples:
-                        outputs.append(self._accept_token(request, sampled[chunk.sequence_id], now_s))
+                    continue
+                schedule.note_computed(request, chunk, step, computed_by, now_s, is_replay=is_replay)
+                self.counters.tokens_replayed += len(chunk.token_ids) * is_replay
+                if chunk.samples:
+                    outputs.append(self._accept_token(request, sampled[chunk.sequence_id], now_s))
         self._end_broken(now_s)
         return outputs
 
@@ -290,6 +290,7 @@ class Scheduler:
             pipelines=tuple(pipeline_evidence(schedules[pipeline]) for pipeline in sorted(schedules)),
             counters=deepcopy(self.counters),
             num_free_blocks=sum(schedule.allocator.num_free for schedule in schedules.values()),
+            num_cached_blocks=sum(schedule.allocator.cache.num_blocks for schedule in schedules.values()),
             num_steps_in_flight=sum(not step.is_canary for step in self.steps_in_flight),
         )
 

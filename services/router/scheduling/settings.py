@@ -43,10 +43,14 @@ class SchedulerSettings:
     canary_interval_s: float = 1.0
     """An open pipeline in which nothing has been answered for this long gets a step that carries nothing."""
     pipeline_policy: str = "least_in_flight"
+    caches_prefixes: bool = False
+    """Whether requests find what was computed for others that begin alike."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
             value = getattr(self, setting.name)
+            if isinstance(value, bool):
+                continue
             lowest = 0 if setting.name in ("max_failed_steps", "max_held_releases") else 1
             if isinstance(value, int) and not isinstance(value, bool) and value < lowest:
                 raise ConfigurationError(f"{setting.name} is {value}; at least {lowest} is needed")

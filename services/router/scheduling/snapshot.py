@@ -6,6 +6,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 
 from services.router.control.readiness import PipelineEvidence
+from services.router.scheduling.blocks.prefix_cache import PrefixCounters
 from services.router.scheduling.pace import awaited, most_overdue
 from services.router.scheduling.pipeline_schedule import PipelineSchedule
 from services.router.scheduling.request import Request
@@ -49,6 +50,7 @@ class SchedulerCounters:
     preemptions: int = 0
     failed_steps: int = 0
     waits: WaitTimes = field(default_factory=WaitTimes)
+    prefixes: PrefixCounters = field(default_factory=PrefixCounters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class SchedulerSnapshot:
     """How many of those that wait count for the door of a request that comes now; see `admission.num_ahead`."""
     num_free_blocks: int = 0
     """Blocks of open pipelines that no sequence holds."""
+    num_cached_blocks: int = 0
+    """Blocks of open pipelines, held or not, in which a request may find what it needs."""
     num_steps_in_flight: int = 0
     """Steps that are not canaries."""
 

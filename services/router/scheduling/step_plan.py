@@ -65,6 +65,20 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ComputedBy:
+    """What decides whether the content of a step's rows may be found by others."""
+
+    numeric_class: int = 0
+    """Stands for the classes of all processes that computed it; 0: not known, or a row was computed by another class
+    than the rest."""
+    degraded: frozenset[SequenceId] = frozenset()
+    """Sequences with a row that went on without an expert."""
+
+
+UNKNOWN = ComputedBy()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenOutput:
     """One token to journal and deliver; with a finish reason it is the request's last."""
 

@@ -10,7 +10,8 @@ from itertools import count
 from common.ids import PipelineId, RequestId, SequenceId
 from services.router.engine import GenerationRequest
 from services.router.scheduling.admission import group_of, num_ahead
-from services.router.scheduling.pipeline_schedule import PipelineSchedule, PipelineSchedules
+from services.router.scheduling.pipeline_schedule import PipelineSchedule
+from services.router.scheduling.pipeline_schedules import PipelineSchedules
 from services.router.scheduling.pipeline_selection import PipelineSelection
 from services.router.scheduling.request import Blame, Request
 from services.router.scheduling.snapshot import SchedulerCounters
@@ -72,7 +73,9 @@ class WaitingLine:
         schedules = self._schedules.open
         fitting = [pipeline for pipeline in schedules if schedules[pipeline].can_ever_hold(request)]
         open_to_it = [pipeline for pipeline in self._selection.usable(fitting, now_s) if pipeline not in kept_free]
-        choice = self._selection.choose([schedules[p] for p in open_to_it if has_room(schedules[p], request)])
+        with_room = [schedules[p] for p in open_to_it if has_room(schedules[p], request)]
+        of_use = with_room if len(with_room) > 1 else []  # else there is nothing to choose
+        choice = self._selection.choose(with_room, [schedule.prefixes.num_found(request) for schedule in of_use])
         if choice is None:
             choice = self._make_room(request, open_to_it, now_s)
         if choice is None:
@@ -126,7 +129,7 @@ def who_yields_to(schedule: PipelineSchedule, request: Request) -> list[Request]
         if not other.steps and num_by_group[group] > 1 and group != own_group:
             num_by_group[group] -= 1
             yielding.append(other)
-            num_left += len(other.block_table) + _num_promised(schedule, [other])
+            num_left += schedule.num_blocks_alone(other) + _num_promised(schedule, [other])
             if _fits(schedule, request, len(schedule.running) - len(yielding), num_left):
                 return yielding
     return []
@@ -138,7 +141,8 @@ def _fits(schedule: PipelineSchedule, request: Request, num_running: int, num_le
         return False
     # A little is left for those that decode, so that a joiner is not preempted at once.
     headroom = schedule.allocator.num_blocks // 64
-    return not num_running or num_left - headroom >= schedule.num_blocks_for(request.num_tokens)
+    lacking = schedule.num_blocks_for(request.num_tokens) - (num_left - headroom)
+    return not num_running or lacking <= 0 or schedule.prefixes.holds(request, lacking)
 
 
 def _num_promised(schedule: PipelineSchedule, requests: Sequence[Request]) -> int:

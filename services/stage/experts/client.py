@@ -69,6 +69,8 @@ class CallDone:
     """Token rows that do without one of their experts."""
     num_retried: int
     """How often another node was asked too, or instead."""
+    is_mixed: bool = False
+    """A node of another numeric class than the layer's first one was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,7 +471,9 @@ class ExpertClient:
             self.counters.calls += 1
             self.counters.call_seconds += now_s - pending.started_s
             rows = frozenset(pending.degraded_rows)
-            self._ended.append(CallDone(pending.number, pending.sum.total(), rows, pending.num_retried))
+            self._ended.append(
+                CallDone(pending.number, pending.sum.total(), rows, pending.num_retried, pending.is_mixed)
+            )
 
     def _note_refusal(self, pending: PendingCall, node: int, reason: str, now_s: float, pauses: bool) -> None:
         self._log.warning("expert_call_refused", layer=pending.call.layer, reason=reason)

@@ -250,6 +250,7 @@ class InFlightCalls:
         if self.nodes.first_class(call.layer) not in (None, node.numeric_class):
             self._counters.other_class_rows += part.pairs.size
             pending.num_retried += 1
+            pending.is_mixed = True
         node.outstanding_rows += part.pairs.size
         return True
 

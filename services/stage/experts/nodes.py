@@ -12,6 +12,7 @@ import zmq
 
 from common.errors import ConfigurationError, ExecutionError, ProtocolError, SocketError
 from common.messages import PublishPlacement
+from common.topology import LayerRange
 from common.wire.array import Int32Array, Int64Array, frame_to_array
 from common.wire.endpoints import choose_endpoint, split_endpoints
 from common.wire.transport import MessageSocket, Transport
@@ -205,6 +206,11 @@ class ExpertNodes:
     def has_layer(self, layer: int) -> bool:
         """Returns whether the placement says where a layer's experts are."""
         return layer < int(self._owners.shape[1])
+
+    def classes_of(self, layers: LayerRange) -> tuple[str, ...]:
+        """Returns the numeric class that answers the calls of each of these layers; "" where none does."""
+        now = self._classes_before
+        return tuple(now[layer] if layer < len(now) else "" for layer in range(layers.start, layers.stop))
 
     def first_class(self, layer: int) -> str | None:
         """Returns the numeric class that answers the calls of a layer, so that their bits do not change with which node

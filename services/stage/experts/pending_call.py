@@ -58,6 +58,8 @@ class PendingCall:
     """Token rows that do without an expert."""
     num_retried: int = 0
     """How often another node was asked too, or instead."""
+    is_mixed: bool = False
+    """A node of another numeric class than the layer's first one was asked."""
     parts: dict[int, AskedPart] = field(default_factory=dict)
     """Asked and not answered, by number of the message."""
     pauses: dict[int, _Pause] = field(default_factory=dict)

@@ -38,6 +38,8 @@ class RunningBatch:
     sequence_ids: frozenset[int]
     degraded_rows: set[int] = field(default_factory=set)
     """Token rows that went on here without one of their experts."""
+    is_mixed: bool = False
+    """Some of its rows were, or may have been, computed by experts of another class than the rest."""
     num_retried_calls: int = 0
     """Expert calls that were asked of another copy too, or instead."""
     num_parts: int = 0
@@ -99,6 +101,11 @@ class Executor:
     def has_work(self) -> bool:
         """Returns whether `run_one` might do something."""
         return bool(self._on_device) or any(running.may_run for running, _ in self._runnable)
+
+    def mix(self) -> None:
+        """Notes that experts of another class answer from now on."""
+        for running in self._running:
+            running.is_mixed = True
 
     @property
     def num_running(self) -> int:

@@ -79,13 +79,16 @@ class SamplingColumns:
 class BlockTables:
     """Block tables of the sequences that a stage knows, kept by the deltas that steps bring."""
 
-    def __init__(self, block_tokens: int, num_blocks: int) -> None:
+    def __init__(self, block_tokens: int, num_blocks: int, *, keeps_released: bool = False) -> None:
+        """`keeps_released`: the router may give blocks of sequences that were released to others as they are."""
         self.block_tokens = block_tokens
         self.num_blocks = num_blocks
+        self.keeps_released = keeps_released
         self._tables: dict[int, Int32Array] = {}
         self._computed: dict[int, int] = {}
         self._inherited: set[int] = set()
-        """Blocks that came from another holder's memory, and of whose sequences no step has told yet."""
+        """Blocks whose content may be needed, and that are in no table: those that came from another holder's memory,
+        and of whose sequences no step has told yet; and cached ones, perhaps."""
 
     def __len__(self) -> int:
         return len(self._tables)
@@ -120,8 +123,10 @@ class BlockTables:
         Raises ProtocolError when the deltas do not continue what is known here: the router then sends it anew.
         """
         for sequence_id in frame_to_array(step.released, "int64", (None,), "Step.released").tolist():
-            self._tables.pop(sequence_id, None)
+            released = self._tables.pop(sequence_id, None)
             self._computed.pop(sequence_id, None)
+            if released is not None and self.keeps_released:
+                self._inherited.update(released.tolist())
         sequences = frame_to_records(step.sequences, STEP_SEQUENCE, None, "Step.sequences")
         new_blocks: Int32Array = frame_to_array(step.new_blocks, "int32", (None,), "Step.new_blocks")
         if len(sequences) and columns_of(sequences)[:, 1:].min() < 0:

@@ -61,6 +61,8 @@ class StageWorker:
         self._log = log
         self._sampling_kernels = sampling_kernels
         self._free_bytes = free_bytes
+        self.keeps_released = False
+        """Whether blocks that were released may be found by others, as the router has said."""
         self._growing: LayersLoad | None = None
         """The layers of the slot that is served, cut for more ranks."""
         self._held: HeldMemory | None = None
@@ -266,18 +268,22 @@ class StageWorker:
         )
         if self._held is not None and self._held.tag == tag:
             self._held.watermark.begin_generation()
+            self._held.tables.keeps_released = self.keeps_released
             return self._held
         self._held = None  # nobody else has it: the new one needs its room
         memory = self.layers.allocate(loaded, message.num_blocks, with_log=message.slot < message.num_slots - 1)
-        self._held = HeldMemory(tag, memory, BlockTables(KV_BLOCK_TOKENS, message.num_blocks), StepWatermark())
+        self._held = HeldMemory(tag, memory, self._new_tables(message.num_blocks), StepWatermark())
         return self._held
+
+    def _new_tables(self, num_blocks: int) -> BlockTables:
+        return BlockTables(KV_BLOCK_TOKENS, num_blocks, keeps_released=self.keeps_released)
 
     def _executor(self, model: StageModel, memory: PagedMemory) -> Executor:
         return Executor(model, memory) if self._ranks is None else Executor(model, memory, self._ranks.leader.lead)
 
     def _follow(self, message: AssignMirror, header: Header, held: HeldMemory) -> RoleTaken:
         # Of no use before the copy is complete, and what it held before as the slot's holder is overwritten.
-        held.watermark, held.tables = StepWatermark(), BlockTables(KV_BLOCK_TOKENS, message.num_blocks)
+        held.watermark, held.tables = StepWatermark(), self._new_tables(message.num_blocks)
         endpoint = choose_endpoint(message.primary, message.primary_ipc_token, self._ipc_token)
         socket = self._transport.push(
             f"acknowledgements of {message.pipeline}/{message.slot}", endpoint, is_watched=True

@@ -1,4 +1,4 @@
-"""Which sequences are marked for having gone on without an expert."""
+"""Which sequences are marked for having gone on without an expert, and what stands for the classes that compute."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from common.errors import ProtocolError
-from common.messages import NO_ARRAY, Step
+from common.messages import FIRST_CLASS, NO_ARRAY, Step
 from common.wire.array import array_to_frame
 from services.stage.model.micro_batch import BlockTables, MicroBatch, read_micro_batch
-from services.stage.step_output import degraded_sequences, flags_frame
+from services.stage.step_output import class_number, degraded_sequences, flags_frame
 
 
 def batch() -> tuple[Step, MicroBatch]:
@@ -50,3 +50,18 @@ def test_flags_of_another_number_than_sequences_are_refused() -> None:
     step, flat = batch()
     with pytest.raises(ProtocolError, match="degraded"):
         degraded_sequences(replace(step, degraded=flags_frame(np.array([True]))), flat, ())
+
+
+def test_a_number_stands_for_the_classes_of_all_stages_in_their_order() -> None:
+    def through(*stages: tuple[str, ...]) -> int:
+        number = FIRST_CLASS
+        for classes in stages:
+            number = class_number(number, classes)
+        return number
+
+    one, other = ("a", "x"), ("b", "x")
+    numbers = [through(one), through(other), through(one, other), through(other, one), through(("a", "x", "x"))]
+    assert len(set(numbers)) == len(numbers)
+    assert all(0 < number < 1 << 63 for number in numbers)
+    assert through(one, other) == through(("a", "x"), ("b", "x"))
+    assert class_number(0, one) == 0, "rows of several classes stay so"

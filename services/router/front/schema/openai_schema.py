@@ -218,6 +218,10 @@ class GenerationFields(Strict):
     safety_identifier: Name | None = None
     prompt_cache_key: Name | None = None
     """These three are checked and change nothing."""
+    cache: Annotated[Literal["on", "off"] | None, described('"on" or "off"')] = None
+    """`off`: it finds nothing that was computed for others, and others nothing of it."""
+    cache_salt: Name | None = None
+    """It finds only what was computed under the same one, and others its own only so; as in vLLM."""
     _left_out: tuple[str, ...] = PrivateAttr(default=())
     """Fields that were left out when the request was read, since they change nothing."""
 

@@ -41,9 +41,8 @@ TAKEN = frozenset(
         "provider",
         "service_tier",
         "slot_id",
-        # what is cached: it is computed in full here, to the same bits
+        # what is cached: to the same bits; `cache` and `cache_salt` are served
         "cache_prompt",
-        "cache_salt",
         "extra_key",
         "n_cache_reuse",
         "use_cache",

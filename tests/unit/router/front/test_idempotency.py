@@ -169,3 +169,25 @@ def test_an_ended_request_keeps_the_clients_id_from_an_older_one_that_runs(
 def test_a_body_that_cannot_be_read_is_hashed_as_it_is_and_refused_where_it_is_parsed(body: bytes) -> None:
     assert body_hash("completions", body) == body_hash("completions", body)
     assert body_hash("completions", body) != body_hash("chat", body)
+
+
+def test_a_salt_survives_a_restart_and_is_part_of_what_a_key_stands_for(
+    tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        said: list[Step] = [*tokenizer.encode(TEXT), EOS]
+        server = Server(tokenizer, tmp_path / "j", [*said[:2], Pause(), *said[2:]])
+        key = {"Idempotency-Key": "once", "X-Request-Id": "mine", "Moemesh-Cache-Salt": "a"}
+        exchange = server.start("POST", COMPLETIONS, key, prompt="hi")
+        await wait_for_tokens(server, 2)
+        exchange.disconnect()
+        await exchange.wait_ended()
+        server = await server.restarted(said)
+        server.engine.gate.set()
+        answer = await server.ask("POST", COMPLETIONS, key, prompt="hi")
+        assert answer.json()["choices"][0]["text"] == TEXT
+        assert [request.cache_salt for request in server.engine.resumed] == ["a"]
+        other = await server.ask("POST", COMPLETIONS, {**key, "Moemesh-Cache-Salt": "b"}, prompt="hi")
+        assert (other.status, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+
+    run(main())

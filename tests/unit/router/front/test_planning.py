@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import ContextLengthError, InvalidRequestError, MoemeshError, UnknownModelError
 from services.router.engine import SamplingParameters
-from services.router.front.planning import PlannedRequest, ReplyIdentity, RequestPlanner
+from services.router.front.planning import PlannedRequest, ReplyIdentity, RequestPlanner, with_salt
 from services.router.front.schema.openai_schema import ChatCompletionRequest, CompletionRequest, parse_request
 from services.router.front.settings import FrontSettings
 from services.router.front.text.checkpoint_file import CheckpointDefaults
@@ -258,3 +258,35 @@ def test_reasoning_effort_is_a_variable_of_the_chat_template() -> None:
         with pytest.raises(InvalidRequestError):
             plan_chat(Knowing(), **fields)  # type: ignore[arg-type]
     assert told == [{"reasoning_effort": "low"}, {"reasoning_effort": "high"}, {}]
+
+
+def test_what_a_request_says_of_the_cache_reaches_the_mesh(tokenizer: TextTokenizer) -> None:
+    plain, off, salted = plan(tokenizer), plan(tokenizer, cache="off"), plan(tokenizer, cache="on", cache_salt="a")
+    said = [(p.choices[0].request.uses_cache, p.choices[0].request.cache_salt) for p in (plain, off, salted)]
+    assert said == [(True, ""), (False, ""), (True, "a")]
+    assert plan_chat(tokenizer, cache="off", cache_salt="b").choices[0].request.cache_salt == "b"
+
+
+@pytest.mark.parametrize("value", ["no", "", True, 0, "OFF"])
+def test_another_value_of_cache_is_refused_by_its_name(tokenizer: TextTokenizer, value: object) -> None:
+    with pytest.raises(InvalidRequestError, match='`cache`: must be "on" or "off"') as raised:
+        plan(tokenizer, cache=value)
+    assert raised.value.parameter == "cache"
+
+
+def test_the_salt_of_the_header_becomes_part_of_the_body() -> None:
+    assert with_salt(b'{"a": 1.5}', None) == b'{"a": 1.5}'
+    assert json.loads(with_salt('{"a": "\u00fc", "b": 12345678901234567890}'.encode(), "s")) == {
+        "a": "\u00fc",
+        "b": 12345678901234567890,
+        "cache_salt": "s",
+    }
+    assert with_salt(b'{"cache_salt": "s"}', "s") == b'{"cache_salt": "s"}'
+    for body in (b"[1]", b"no json", b"[" * 100_000):
+        assert with_salt(body, "s") == body, "it is refused where it is parsed"
+
+
+@pytest.mark.parametrize(("body", "salt"), [(b'{"cache_salt": "t"}', "s"), (b"{}", "s" * 1025)])
+def test_salts_that_disagree_or_are_too_long_are_refused(body: bytes, salt: str) -> None:
+    with pytest.raises(InvalidRequestError, match="Moemesh-Cache-Salt"):
+        with_salt(body, salt)

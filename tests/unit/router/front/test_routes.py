@@ -28,7 +28,12 @@ def test_completion_is_in_openais_shape(tokenizer: TextTokenizer) -> None:
             "model": "tiny",
             "system_fingerprint": None,
             "choices": [{"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop"}],
-            "usage": {"prompt_tokens": 2, "completion_tokens": num_tokens, "total_tokens": num_tokens + 2},
+            "usage": {
+                "prompt_tokens": 2,
+                "completion_tokens": num_tokens,
+                "total_tokens": num_tokens + 2,
+                "prompt_tokens_details": {"cached_tokens": 0},
+            },
         }
 
     run(main())

@@ -160,7 +160,7 @@ def test_fewer_top_logprobs_than_asked_for_are_a_protocol_error() -> None:
 
 def test_sequences_that_went_on_without_an_expert_are_marked() -> None:
     step = plan(chunk(1), chunk(2))
-    flags = array_to_frame(np.array([0, 1], dtype=np.uint8))
+    flags = array_to_frame(np.array([1, 0], dtype=np.uint8))
     marked = replace(result([2, 1], [11, 12]), degraded=flags)
     assert {number: token.degraded for number, token in sampled_tokens(marked, step, 20).items()} == {2: False, 1: True}
     plain = sampled_tokens(result([2, 1], [11, 12]), step, 20)

@@ -14,7 +14,7 @@ from common.ids import Generation, PipelineId, RequestId
 from services.router.engine import FinishReason, GenerationRequest
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
-from services.router.scheduling.step_plan import RequestFailure, StepPlan, TokenOutput
+from services.router.scheduling.step_plan import UNKNOWN, ComputedBy, RequestFailure, StepPlan, TokenOutput
 from tests.support.router.scheduling import is_idle, open_pipeline
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
@@ -23,6 +23,8 @@ PIPELINES = [PipelineId(0), PipelineId(1)]
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Random adds, cancels, answers in any order that stages keep, failed steps, pipelines that close and open."""
+
+    caches_prefixes = False
 
     @initialize(
         block_tokens=st.integers(1, 4),
@@ -60,6 +62,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_held_releases=max_held_releases,
             plans_ahead=plans_ahead,
             pipeline_policy=policy,
+            caches_prefixes=self.caches_prefixes,
         )
         self.scheduler = Scheduler(self.settings)
         self.now_s = 0.0
@@ -88,9 +91,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         generation = Generation(self.generation)
         open_pipeline(self.scheduler, pipeline, generation, num_blocks, num_slots=2, now_s=self.now_s)
         self.num_blocks[pipeline] = num_blocks
-        self.stages[pipeline] = SimulatedPipeline(pipeline, generation, num_blocks, self.settings.block_tokens)
+        self.stages[pipeline] = self.make_stages(pipeline, generation, num_blocks)
         if pipeline in self.former:
             self.stages[pipeline].keep_tables_of(self.former[pipeline])
+
+    def make_stages(self, pipeline: PipelineId, generation: Generation, num_blocks: int) -> SimulatedPipeline:
+        return SimulatedPipeline(pipeline, generation, num_blocks, self.settings.block_tokens)
+
+    def computed_by(self, plan: StepPlan) -> ComputedBy:
+        """What the stages say of a step that they have answered."""
+        return UNKNOWN
 
     def drop_in_flight(self, pipeline: PipelineId) -> None:
         if pipeline in self.stages:
@@ -123,17 +133,24 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def answer(self, plan: StepPlan) -> None:
         sampled = self.stages[plan.pipeline].answer(plan)
-        self.deliver(self.scheduler.complete(plan.step, sampled, self.now_s))
+        self.deliver(self.scheduler.complete(plan.step, sampled, self.now_s, computed_by=self.computed_by(plan)))
 
     @rule(prompt_length=st.integers(1, 20), max_tokens=st.integers(1, 12), stops=st.booleans())
     def add(self, prompt_length: int, max_tokens: int, stops: bool) -> None:
-        number = len(self.requests)
+        number = self.num_requests
         stop_token_ids = frozenset(range(0, 97, 9)) if stops else frozenset()
         request = build_request(
             f"request-{number}", prompt_length, max_tokens, seed=number, stop_token_ids=stop_token_ids
         )
         if number % 3:  # some are choices of one HTTP request
             request = replace(request, group=f"group-{number % 2}")
+        self.put_in_line(request)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.requests)
+
+    def put_in_line(self, request: GenerationRequest) -> None:
         try:
             self.scheduler.add(request, self.now_s)
         except (ContextLengthError, OverloadedError):
@@ -250,6 +267,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), lost=st.sets(st.integers(0, 1)), mirrored=st.booleans())
     def resume(self, data: st.DataObject, lost: set[int], mirrored: bool) -> None:
         pipeline = data.draw(st.sampled_from(sorted(self.suspended)))
+        self.resume_one(pipeline, lost, mirrored)
+
+    def resume_one(self, pipeline: PipelineId, lost: set[int], mirrored: bool) -> None:
         stages, num_blocks = self.suspended.pop(pipeline)
         self.generation += 1
         stages.resume(Generation(self.generation), sorted(lost), mirrored)

@@ -7,9 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.ids import Generation, PipelineId, RequestId, SequenceId
+from services.router.engine import GenerationRequest
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
-from services.router.scheduling.step_plan import StepPlan
+from services.router.scheduling.step_plan import UNKNOWN, ComputedBy, StepPlan
 from services.stage.slot.step_watermark import StepWatermark
 from tests.support.router.scheduling import is_idle, open_pipeline
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
@@ -26,6 +27,10 @@ MOVES = st.lists(
 class Mesh:
     """One pipeline of two slots, four requests, and mirrors of both slots."""
 
+    caches_prefixes = False
+    num_at_start = 4
+    """The requests after these come later."""
+
     def __init__(self, batch_sequences: int) -> None:
         """Requests go in micro-batches of so many: of one they overtake each other, of all they are planned ahead."""
         self.settings = SchedulerSettings(
@@ -35,20 +40,36 @@ class Mesh:
             min_decode_share=batch_sequences,
             prefill_chunk_tokens=6,
             micro_batches_per_pipeline=3,
+            caches_prefixes=self.caches_prefixes,
         )
         self.scheduler = Scheduler(self.settings)
         open_pipeline(self.scheduler, P0, Generation(1), NUM_BLOCKS, 2, 0.0)
-        self.stages = SimulatedPipeline(P0, Generation(1), NUM_BLOCKS, 4)
+        self.requests = self.make_requests()
+        self.stages = self.make_stages()
         self.generation = 1
         self.router_term = 0
         self.in_flight: list[StepPlan] = []
-        self.requests = [build_request(f"r{n}", 3 + 4 * n, 12, seed=n) for n in range(4)]
         self.sequences: dict[RequestId, SequenceId] = {}
         self.tokens: dict[RequestId, list[int]] = {request.request_id: [] for request in self.requests}
-        for request in self.requests:
-            self.scheduler.add(request, 0.0)
+        self.num_added = 0
         for stage in (0, 1):
             self.stages.mirror(stage)
+        self.add_next(self.num_at_start)
+
+    def make_requests(self) -> list[GenerationRequest]:
+        return [build_request(f"r{n}", 3 + 4 * n, 12, seed=n) for n in range(4)]
+
+    def make_stages(self) -> SimulatedPipeline:
+        return SimulatedPipeline(P0, Generation(1), NUM_BLOCKS, 4)
+
+    def computed_by(self, plan: StepPlan) -> ComputedBy:
+        return UNKNOWN
+
+    def add_next(self, count: int) -> None:
+        """So many requests come, if there are more."""
+        for request in self.requests[self.num_added :][:count]:
+            self.scheduler.add(request, 0.0)
+            self.num_added += 1
         self.send()
 
     def send(self) -> None:
@@ -60,7 +81,7 @@ class Mesh:
     def answer(self, plan: StepPlan) -> None:
         sampled = self.stages.answer(plan)
         self.in_flight.remove(plan)
-        for output in self.scheduler.complete(plan.step, sampled, 0.0):
+        for output in self.scheduler.complete(plan.step, sampled, 0.0, computed_by=self.computed_by(plan)):
             self.tokens[output.request_id].append(output.token.token_id)
         self.send()
 
@@ -80,9 +101,9 @@ class Mesh:
         self.in_flight.clear()
         self.router_term += 1
         self.scheduler = Scheduler(self.settings, first_number=self.router_term << 32)
-        for request in self.requests:
+        for request in self.requests[: self.num_added]:
             tokens = self.tokens[request.request_id]
-            if len(tokens) < request.sampling.max_tokens:
+            if tokens != reference_tokens(request):
                 self.scheduler.add(request.restored(tokens, self.sequences.get(request.request_id)), 0.0)
         self.generation += 1
         self.stages.resume(Generation(self.generation), lost, mirrored=True)
@@ -114,8 +135,11 @@ class Mesh:
             self.take_over(stage)
         elif kind == "r":
             self.restart_router([stage] if count else [])
+        elif kind == "n":
+            self.add_next(1)
 
     def finish(self) -> None:
+        self.add_next(len(self.requests))
         for _ in range(2000):
             if self.in_flight:
                 self.answer(self.in_flight[0])

@@ -65,6 +65,16 @@ def test_positions_tables_and_slots_of_a_mixed_step() -> None:
     assert batch.sampling.positions.tolist() == [6], "of the token to be sampled"
 
 
+@pytest.mark.parametrize("keeps_released", [False, True])
+def test_released_blocks_are_of_use_only_where_the_router_may_count_on_them(keeps_released: bool) -> None:
+    known = BlockTables(4, 10, keeps_released=keeps_released)
+    known.apply(step([(7, 0, 5, 0, 2, 0), (8, 4, 1, 0, 2, 0)], [3, 4, 3, 5]))
+    known.apply(step([], [], released=[7]))
+    assert sorted(set(known.used_blocks())) == ([3, 4, 5] if keeps_released else [3, 5])
+    known.apply(step([(9, 4, 1, 0, 2, 0)], [3, 4], released=[8]))
+    assert sorted(set(known.used_blocks())) == ([3, 4, 5] if keeps_released else [3, 4])
+
+
 def test_inherited_blocks_are_used_until_their_owner_is_known_and_then_go_with_it() -> None:
     known = tables()
     known.inherit([3, 4, 9])

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.router.scheduling.block_allocator import BlockAllocator
+from services.router.scheduling.blocks.block_allocator import BlockAllocator
 
 
 def test_lowest_free_blocks_go_first() -> None:

@@ -1,0 +1,219 @@
+"""What the requests of one pipeline share: who finds which cached blocks, who waits for whom, what is entered.
+
+A block is whole once a step that completes it is answered: then it is entered, and nobody writes into it any more but a
+replay, which writes the same. Cached is what a chain of such blocks leads to from position 0. A block that a step
+planned ahead completes has no name before that: one of its tokens is not known. If the request has ended meanwhile,
+it gets none, and is free once that step is back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from services.router.scheduling.blocks.block_allocator import BlockAllocator
+from services.router.scheduling.blocks.key_chain import BlockKey
+from services.router.scheduling.request import Request
+from services.router.scheduling.step_plan import ComputedBy, ScheduledChunk
+
+
+class PrefixSharing:
+    """See the module."""
+
+    def __init__(self, allocator: BlockAllocator, block_tokens: int, *, is_on: bool) -> None:
+        """Not `is_on`: nothing is entered, so nothing is found, and nobody waits."""
+        self._allocator = allocator
+        self._cache = allocator.cache
+        self._block_tokens = block_tokens
+        self._is_on = is_on
+        self._numeric_class = 0
+        """By which the newest step was computed that was not of several; 0: none was yet."""
+        self._lacking: set[int] = set()
+        """Blocks that a replay has to rebuild, and has not rebuilt yet."""
+
+    # Finding
+
+    def find(self, request: Request) -> list[int]:
+        """Returns the longest chain of cached blocks that goes on where its own end; not with its last token, which
+        must be computed. For one that waits, as if it ran here."""
+        if not self._may_find(request):
+            return []
+        found: list[int] = []
+        for index in range(len(request.block_table), self._num_findable(request)):
+            block_id = self._cache.find(request.block_key(index, self._numeric_class))
+            if block_id is None:
+                break
+            found.append(block_id)
+        return found
+
+    def begin(self, request: Request) -> None:
+        """Lets a request that begins to run here have what it finds."""
+        if self._takes_part(request) and not request.max_computed_tokens:
+            self._cache.counters.tokens_asked += len(request.generation_request.prompt_token_ids)
+        self.take(request)
+
+    def take(self, request: Request) -> None:
+        """Lets a request that runs here have what it finds now."""
+        if found := self.find(request):
+            self._allocator.share(found)
+            request.numeric_class = self._numeric_class
+            num_before = request.num_found_tokens
+            request.take_blocks(found, [self._cache.step_of(block_id) for block_id in found])
+            self._cache.counters.blocks_found += len(found)
+            self._cache.counters.tokens_found += request.num_found_tokens - num_before
+
+    def num_found(self, request: Request) -> int:
+        """Counts the tokens that a request which waits would find."""
+        return len(self.find(request)) * self._block_tokens
+
+    def holds(self, request: Request, count: int) -> bool:
+        """Returns whether a request which waits would find so many blocks that others hold: they cost it no free
+        ones."""
+        if self._cache.num_blocks - self._cache.num_idle < count:
+            return False  # it is asked in every turn while the request waits, and a long chain takes a millisecond
+        return sum(not self._cache.is_idle(block_id) for block_id in self.find(request)) >= count
+
+    def _may_find(self, request: Request) -> bool:
+        """Returns whether nothing of it is under way, its own blocks are all whole, and of the class of now."""
+        if not self._takes_part(request) or not self._numeric_class or request.steps or request.is_replaying:
+            return False
+        return request.num_computed_tokens == len(request.block_table) * self._block_tokens
+
+    def _takes_part(self, request: Request) -> bool:
+        if not self._is_on or not request.generation_request.uses_cache:
+            return False
+        is_of_now = request.numeric_class in (None, self._numeric_class)
+        return is_of_now and not self._cache.is_spoilt(request.block_table)
+
+    def _num_findable(self, request: Request) -> int:
+        return (request.num_tokens - 1) // self._block_tokens
+
+    # Waiting for one another
+
+    def without_followers(self, prefilling: Sequence[Request]) -> list[Request]:
+        """Leaves out those whose next block an older one is about to compute. `prefilling`: all that are to be
+        prefilled here, by arrival; who has a step in flight stays."""
+        if not self._is_on or len(prefilling) < 2:
+            return list(prefilling)
+        leaders: dict[BlockKey, list[Request]] = {}
+        """By the key of their first block."""
+        left: list[Request] = []
+        for request in prefilling:
+            if not self._takes_part(request) or request.num_tokens < self._block_tokens:
+                left.append(request)
+                continue
+            alike = leaders.setdefault(request.block_key(0, self._numeric_class), [])
+            if not self._is_follower(request, alike):
+                left.append(request)
+            if not request.num_failed_steps:  # nobody waits for one that breaks its steps
+                alike.append(request)
+        return left
+
+    def _is_follower(self, request: Request, older: Iterable[Request]) -> bool:
+        index = len(request.block_table)
+        if request.steps or request.num_computed_tokens != index * self._block_tokens:
+            return False
+        if index >= self._num_findable(request):
+            return False
+        own = request.block_key(index, self._numeric_class)
+        stop = (index + 1) * self._block_tokens
+        return any(
+            other.num_computed_tokens < stop <= other.num_tokens and other.block_key(index, self._numeric_class) == own
+            for other in older
+        )
+
+    # Entering
+
+    def note_computed(self, request: Request, chunk: ScheduledChunk, step: int, computed_by: ComputedBy) -> None:
+        """Notes that a chunk of a request, which counts it already, was computed or replayed by a step that was
+        answered."""
+        if not self._is_on:
+            return
+        numeric_class = computed_by.numeric_class
+        self._numeric_class = numeric_class or self._numeric_class
+        if request.numeric_class is None:
+            request.numeric_class = numeric_class
+        if not request.generation_request.uses_cache or not request.numeric_class:
+            return
+        if chunk.sequence_id in computed_by.degraded or numeric_class != request.numeric_class:
+            stop = chunk.start_position + len(chunk.token_ids)
+            self._cache.spoil(self._blocks(request, chunk.start_position, stop))
+        if not request.is_replaying:
+            self._enter(request, step, request.numeric_class)
+
+    def _enter(self, request: Request, step: int, numeric_class: int) -> None:
+        num_whole = request.num_computed_tokens // self._block_tokens
+        while request.num_entered_blocks < num_whole:
+            index = request.num_entered_blocks
+            if self._cache.is_spoilt(request.block_table[: index + 1]):
+                return
+            self._cache.add(request.block_key(index, numeric_class), request.block_table[index], step)
+            request.num_entered_blocks += 1
+
+    # Another router, another generation
+
+    def claim(self, request: Request, block_ids: Sequence[int], num_computed: int, adopted: Iterable[Request]) -> bool:
+        """Claims the blocks that a request has from a router before this one. It shares those that another one has at
+        the same place, whole and with the same tokens. Returns False, and claims none, if one is held otherwise."""
+        others, shared = list(adopted), []
+        for index, block_id in enumerate(block_ids):
+            if not self._allocator.reference_count(block_id):
+                continue
+            if not any(self._is_alike(request, other, index, block_id, num_computed) for other in others):
+                return False
+            shared.append(block_id)
+        if not self._allocator.claim(block_id for block_id in block_ids if block_id not in set(shared)):
+            return False
+        self._allocator.share(shared)
+        return True
+
+    def _is_alike(self, request: Request, other: Request, index: int, block_id: int, num_computed: int) -> bool:
+        is_whole = (index + 1) * self._block_tokens <= min(num_computed, other.num_computed_tokens)
+        if not is_whole or other.block_table[index] != block_id:
+            return False
+        return other.block_key(index, 0) == request.block_key(index, 0)
+
+    def resume(self, running: Iterable[Request], kv_marks: Sequence[int]) -> None:
+        """Forgets what a holder lacks, by its mark. `running` know by now what is to be replayed: what of that is
+        whole again is entered again."""
+        self._allocator.forget(self._cache.behind(kv_marks))
+        self._lacking = set()
+        for request in running:
+            request.num_entered_blocks = 0
+            if request.is_replaying:
+                self._lacking.update(self._blocks(request, request.replay_position, request.replay_stop))
+
+    def skip_replayed(self, request: Request, last_step: int) -> None:
+        """Lets a replay go on behind blocks that another one has rebuilt. `last_step`: the newest that was answered."""
+        while request.is_replaying and not request.steps:
+            index = request.replay_position // self._block_tokens
+            if request.block_table[index] in self._lacking:
+                return
+            request.skip_replay(last_step, min((index + 1) * self._block_tokens, request.replay_stop))
+            request.tell_anew()  # a stage counts nothing that stands behind a gap
+
+    def num_to_replay(self, request: Request, others: set[int]) -> int:
+        """Counts positions that it replays next: up to a block that an older one rebuilds. `others`: those blocks, to
+        which what this one has to rebuild is added."""
+        own = self._blocks(request, request.replay_position, request.replay_stop)
+        first = next((place for place, block_id in enumerate(own) if block_id in others), None)
+        others.update(own)
+        if first is None:
+            return request.replay_stop - request.replay_position
+        stop = (request.replay_position // self._block_tokens + first) * self._block_tokens
+        return max(0, stop - request.replay_position)
+
+    def note_replayed(self, request: Request, start: int) -> None:
+        """Notes that a request's positions from `start` to where its replay is now are there again."""
+        whole = request.replay_position // self._block_tokens * self._block_tokens
+        stop = whole if request.is_replaying else request.replay_position
+        self._lacking.difference_update(self._blocks(request, start, stop))
+
+    def check_is_its_own(self, request: Request, chunk: ScheduledChunk) -> None:
+        """Raises AssertionError if a chunk is written to a block that others hold or may find."""
+        for block_id in self._blocks(request, chunk.start_position, chunk.start_position + len(chunk.token_ids)):
+            assert self._allocator.reference_count(block_id) == 1, f"{request.request_id} writes to block {block_id}"
+            assert not self._cache.is_cached(block_id), f"block {block_id} is cached and written to"
+
+    def _blocks(self, request: Request, start: int, stop: int) -> list[int]:
+        """Returns the blocks that hold positions [start, stop)."""
+        return request.block_table[start // self._block_tokens : -(-stop // self._block_tokens)]
