@@ -56,6 +56,8 @@ NO_PENALTIES = TensorFrame("float64", (0, 5), b"")
 NO_TOKEN_COUNTS = TensorFrame("int32", (0, 4), b"")
 NO_BIASES = TensorFrame("float64", (0, 3), b"")
 NOT_ADJUSTED = TensorFrame("int64", (0, 3), b"")
+AWAITED_TOKEN: Final = -1
+"""In `Step.hidden`: the token that `Step.awaited_step` samples for the same sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ class Step:
     """One micro-batch on its way through a pipeline. Q sequences, T tokens in all, S sequences that sample a token."""
 
     hidden: TensorFrame
-    """int32 [T] token ids towards the first stage; model dtype [T, D] hidden states between stages."""
+    """int32 [T] token ids, or AWAITED_TOKEN, towards the first stage; model dtype [T, D] hidden states between
+    stages."""
     sequences: TensorFrame
     """int64 [Q, 6], `records.STEP_SEQUENCE`: sequence id, start position, tokens, blocks known before, new blocks, 1 if
     it samples."""
@@ -99,11 +102,15 @@ class Step:
     """int64 [*, 3]: row in [0, S), tokens generated so far, 1 if it is told anew; only rows with a penalty, a min_p or
     a bias. A row is told anew when its sequence first samples in a generation, and when its biases change; else the
     last stage goes on with what it keeps, which must have as many tokens."""
+    awaited_step: int = 0
+    """Number of the step whose samples stand for AWAITED_TOKEN: the router sent this one before it knew them. The first
+    stage begins it, and what comes behind it, once it does. 0: all tokens are told."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Last stage -> router: the sampled tokens of a step. P is the largest number of top logprobs asked for."""
+    """Last stage -> router: the sampled tokens of a step. P is the largest number of top logprobs asked for. Last stage
+    -> first stage too, where there are several: steps may wait there for these tokens."""
 
     sequence_ids: TensorFrame
     """int64 [S]."""
@@ -257,6 +264,9 @@ class AssignStage:
     downstream: tuple[str, ...]
     """Endpoints of the next slot's data socket; of the router's results socket for the last slot."""
     downstream_ipc_token: str
+    first_stage: tuple[str, ...] = ()
+    """Endpoints of the first slot's data socket, for the last slot of several."""
+    first_stage_ipc_token: str = ""
 
 
 @dataclass(frozen=True, slots=True)

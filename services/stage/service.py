@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from common.messages import (
     PublishPlacement,
     StageHeartbeat,
     Step,
+    StepResult,
     Unassign,
 )
 from common.node.loop import POLL_MS, NodeLoop
@@ -96,8 +98,7 @@ class StageService(NodeLoop[MessageSocket]):
     def _work(self, now_s: float) -> None:
         self._answer_assignment(self._worker.poll())
         self._worker.grow()
-        if not self._worker.waits_for_quiet:
-            self._receive_steps(now_s)
+        self._receive_steps(now_s)
         if not self._waiting:
             self._run_what_can()  # first: a lone step waits for nothing else
         if self._worker.mirror is not None:
@@ -220,6 +221,7 @@ class StageService(NodeLoop[MessageSocket]):
     # ---- steps
 
     def _receive_steps(self, now_s: float) -> None:
+        """Receives what waits, and begins the steps that can."""
         while (received := self._node.data.receive()) is not None:
             message, header = received
             if isinstance(message, MirrorRows):
@@ -230,14 +232,30 @@ class StageService(NodeLoop[MessageSocket]):
                 continue
             slot = self._worker.slot
             stamp = (header.router_term, header.generation)
-            if slot is None or not isinstance(message, Step) or not slot.takes(stamp):
+            if slot is None or not isinstance(message, Step | StepResult) or not slot.takes(stamp):
                 self._counters.dropped += 1
                 continue
             try:
-                self._check_sequence(slot, header)
-                self._begin_step(slot, message, header, now_s)
+                if isinstance(message, StepResult):
+                    slot.early_steps.note_samples(header.step, message)
+                else:
+                    self._check_sequence(slot, header)
+                    slot.early_steps.add(message, header, now_s)
             except Exception as error:
                 self._break_step(error, header)
+        self._begin_steps()
+
+    def _begin_steps(self) -> None:
+        """Begins the steps that have come, in their order, up to one whose tokens are not known yet."""
+        slot = self._worker.slot
+        if slot is None or self._worker.waits_for_quiet:
+            return
+        while slot.takes_steps and (arrived := slot.early_steps.pop()) is not None:
+            try:
+                step = slot.early_steps.with_tokens(arrived.step)
+                self._begin_step(slot, step, arrived.header, arrived.arrived_s)
+            except Exception as error:
+                self._break_step(error, arrived.header)
 
     def _copy(self, message: MirrorRows, header: Header) -> None:
         mirror = self._worker.mirror
@@ -298,6 +316,8 @@ class StageService(NodeLoop[MessageSocket]):
             self._counters.busy_seconds += ended_s - began_s
             if isinstance(outcome, WantsExperts) and not slot.executor.has_work:
                 self._await_answer(slot.executor, outcome.running, until_s)
+            elif isinstance(outcome, Finished):
+                self._receive_steps(ended_s)  # the next step may be here, and wait for this one's tokens
             if outcome is None or ended_s >= until_s:
                 return
 
@@ -357,12 +377,32 @@ class StageService(NodeLoop[MessageSocket]):
         self._mirror_link.send_rows(held, running.batch.slots)
 
     def _send_on(self, message: Message, header: Header, deadline_s: float) -> None:
+        slot = self._worker.slot
+        if isinstance(message, StepResult) and slot is not None:
+            self._tell_samples(slot, message, header)
         self._unsent.append((message, header, deadline_s))
         self._send_unsent(self._clock())
+
+    def _tell_samples(self, slot: Slot, result: StepResult, header: Header) -> None:
+        """Lets the first stage, which may be this one, know what was sampled: first of all, since it may wait."""
+        if slot.role.is_first:
+            slot.early_steps.note_samples(header.step, result)
+        else:
+            slot.untold = result, header
+            self._send_untold(slot)
+
+    @staticmethod
+    def _send_untold(slot: Slot) -> None:
+        if slot.untold is not None and slot.first_stage is not None:
+            with suppress(Full):  # not connected yet, perhaps; the next turn tries again
+                slot.first_stage.send(*slot.untold)
+                slot.untold = None
 
     def _send_unsent(self, now_s: float) -> None:
         """Sends in order; a downstream that is not connected yet gets them when it is, until their deadline."""
         slot = self._worker.slot
+        if slot is not None:
+            self._send_untold(slot)
         while self._unsent and slot is not None:
             message, header, deadline_s = self._unsent[0]
             if now_s >= deadline_s:

@@ -200,6 +200,20 @@ def whole_lines(num_bytes: int) -> int:
     return (num_bytes + 63) // 64 * 64
 
 
+def take_stale_samples(note_samples: Callable[..., None]) -> Callable[..., None]:
+    """A step that was planned ahead goes on with the token before the one that it refers to."""
+    hit = hit_now_and_then()
+
+    def planted(self: Any, number: int, result: StepResult) -> None:
+        before: dict[int, int] = next(reversed(self._samples.values()), {})
+        note_samples(self, number, result)
+        if hit():
+            samples = self._samples[number]
+            self._samples[number] = {sequence: before.get(sequence, token) for sequence, token in samples.items()}
+
+    return planted
+
+
 def claim_rows_that_are_on_their_way(send_rows: Callable[..., None]) -> Callable[..., None]:
     """Marks that take arrival for order: the rows of each third step reach the mirror a second late, while those of
     later steps come with marks that cover them. Until then their places are empty: blocks that were another request's
@@ -306,6 +320,9 @@ BUGS = {
     "unfenced_late_reply": PlantedBug("stage", "common.wire.transport", "MessageSocket", "receive", take_late_reply),
     "overclaimed_mark": PlantedBug(
         "stage", "services.stage.slot.mirror_sender", "MirrorSender", "send_rows", claim_rows_that_are_on_their_way
+    ),
+    "stale_samples": PlantedBug(
+        "stage", "services.stage.slot.early_steps", "EarlySteps", "note_samples", take_stale_samples
     ),
     "told_only_once": PlantedBug("router", "services.router.control.retelling", "Retelling", "due", tell_nothing_again),
     "files_left_lost": PlantedBug("router", "common.wire.transport", "Transport", "look_after_files", leave_files_lost),

@@ -75,6 +75,7 @@ CASES = {
     "doubled_token": Case(("tokens_doubled",), BLIP, {}),
     "flipped_logprob_bit": Case(("logprobs",), BLIP, {}),
     "leaked_block": Case(("leaks_mesh",), BLIP, {}),
+    "stale_samples": Case(TOKENS, BLIP, {}),
     "unfenced_late_reply": Case(TOKENS, SHORT_PAUSE, {"CALL_RINGS": "off"}),  # it is one of messages
     "hedge_counted_twice": Case(TOKENS, LONG_PAUSE, {}),
     "unchecked_ring": Case(TOKENS, SPOILT_RINGS, {}),

@@ -6,7 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ from common.wire.transport import MessageSocket
 from services.router.mesh.sockets import MeshClient
 from services.router.scheduling.block_allocator import BlockAllocator
 from services.stage.experts.rings import Rings
+from services.stage.slot.early_steps import EarlySteps
 from tests.chaos import planted_bugs
 from tests.chaos.planted_bugs import BUGS, EVERY, module_of, with_num_rows
 from tests.support.nodes.kernels import kernels_for
@@ -157,6 +158,28 @@ def test_a_hedge_counts_twice_and_other_answers_once() -> None:
 @dataclass(frozen=True)
 class SomeRows:
     keys: torch.Tensor
+
+
+def test_a_stale_sample_is_the_token_before_of_the_same_sequence_and_only_now_and_then() -> None:
+    steps = EarlySteps()
+    note_samples = planted_bugs.take_stale_samples(EarlySteps.note_samples)
+    for number in range(1, EVERY):
+        note_samples(steps, number, samples_of({1: number}))
+    assert steps._samples[EVERY - 1] == {1: EVERY - 1}
+    note_samples(steps, EVERY, samples_of({1: EVERY, 2: 5}))
+    assert steps._samples[EVERY] == {1: EVERY - 1, 2: 5}
+    note_samples(steps, EVERY + 1, samples_of({1: 4}))
+    assert steps._samples[EVERY + 1] == {1: 4}
+
+
+def samples_of(samples: dict[int, int]) -> StepResult:
+    result = step_result([0.0] * len(samples))
+    ids, tokens = list(samples), list(samples.values())
+    return replace(
+        result,
+        sequence_ids=array_to_frame(np.array(ids, dtype=np.int64)),
+        token_ids=array_to_frame(np.array(tokens, dtype=np.int32)),
+    )
 
 
 def test_rows_of_each_third_step_come_late_and_later_marks_cover_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,16 @@ def test_streamed_and_whole_answers_are_the_same(mesh: ServedMesh, undisturbed: 
         assert tuple(stream.token_ids) == undisturbed[stream.ask].token_ids
 
 
+def test_a_lone_stream_is_planned_ahead_and_costs_no_generation_of_the_pipeline(mesh: ServedMesh) -> None:
+    """A step that waits for tokens which do not come is done again in a new generation: right, but a second late."""
+    before = metrics(mesh)
+    mesh.client.ask(Ask((3, 90), max_tokens=LONG, ignore_eos=True))
+    name = "moemesh_steps_planned_ahead_total"
+    wait_until(lambda: metrics(mesh).value(name) - before.value(name) > LONG - 10, 10, "steps planned ahead")
+    generation = "moemesh_pipeline_generation"
+    assert metrics(mesh).value(generation) == before.value(generation)
+
+
 def test_client_that_vanishes_frees_what_it_held(mesh: ServedMesh) -> None:
     vanish(mesh.local.url, mesh.client.model, Ask((9, 9, 9), 3000, ignore_eos=True), Vanishing.IN_THE_STREAM)
     wait_until(lambda: metrics(mesh).value("moemesh_requests_running") == 0, 5, "the request of a vanished client")

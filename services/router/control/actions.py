@@ -87,10 +87,13 @@ class RoleMessages:
     ) -> Tell:
         """Tells a slot's holder its role. `holders`: of all slots of its pipeline."""
         downstream = self._results
+        first: tuple[tuple[str, ...], str] = (), ""
         if slot.index < len(holders) - 1:
             following = holders[slot.index + 1]
             downstream = following.endpoints, following.ipc_token
-        message = AssignStage(*self._place(slot), lease_term, num_blocks, *downstream)
+        elif slot.index > 0:
+            first = holders[0].endpoints, holders[0].ipc_token
+        message = AssignStage(*self._place(slot), lease_term, num_blocks, *downstream, *first)
         return Tell(holders[slot.index].node_id, message, Header(generation=generation))
 
     def mirror(self, slot: StageSlot, lease_term: LeaseTerm, num_blocks: int, holder: NodeDescription) -> AssignMirror:

@@ -47,6 +47,7 @@ def _requests(status: MeshStatus) -> Iterator[Metric]:
     yield ended
     for name, text, value in (
         ("moemesh_steps_planned", "Steps sent to pipelines", counters.steps_planned),
+        ("moemesh_steps_planned_ahead", "Steps planned before their tokens were known", counters.steps_planned_ahead),
         ("moemesh_tokens_planned", "Tokens computed by pipelines, prefill and decode", counters.tokens_planned),
         ("moemesh_tokens_generated", "Tokens sampled", counters.tokens_generated),
         ("moemesh_tokens_recomputed", "Cached tokens given up and computed again", counters.tokens_recomputed),

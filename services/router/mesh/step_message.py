@@ -55,6 +55,7 @@ def step_message(plan: StepPlan) -> Step:
         seeds=records_to_frame(seeds, SEED),
         computing_slots=plan.computing_slots,
         previous_step=plan.previous_step,
+        awaited_step=plan.awaited_step,
     )
     adjusted = adjusted_rows(sampled)
     if not len(adjusted):

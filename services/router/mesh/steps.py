@@ -147,7 +147,8 @@ class StepFlow:
                 self._answered_s[plan.pipeline] = max(step.sent_s, self._answered_s.get(plan.pipeline, step.sent_s))
             if plan.chunks:  # a canary says nothing of how long work takes
                 self.totals.pipeline_steps += 1
-                self.totals.pipeline_seconds += now_s - (step.sent_s or now_s)
+                # What it waited for the tokens of the step before is that one's time.
+                self.totals.pipeline_seconds += now_s - max(step.sent_s or now_s, step.planned_s)
             outputs = self.scheduler.complete(plan.step, sampled, now_s, message.retried_calls)
             self._outcomes += [(output.request_id, output.token) for output in outputs]
         return broken

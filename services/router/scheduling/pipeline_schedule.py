@@ -7,6 +7,9 @@ computes.
 Chunks of one prefill may be in flight together, each behind the one before it: stages compute them in their order,
 layer by layer. They are answered in that order, and none counts before those ahead of it.
 
+While the only step in flight decodes, the one after it is planned *ahead*: for the same sequences, with the tokens that
+are not known yet referred to by that step. So the first stage has it when it knows them, and waits for no router.
+
 A pipeline plans one step at a time. Oldest first: a request that needs a block takes it from the youngest, so that the
 oldest always gets on, and admission has made sure that it fits the pool alone.
 """
@@ -23,10 +26,13 @@ from services.router.control.actions import OpenPipeline
 from services.router.control.adoption import HeldCache, HeldSequence
 from services.router.scheduling.admission import num_blocks_for
 from services.router.scheduling.block_allocator import BlockAllocator
-from services.router.scheduling.pace import PipelinePace
-from services.router.scheduling.request import Blame, Request, RequestState
+from services.router.scheduling.pace import UNANSWERED_S, PipelinePace
+from services.router.scheduling.request import Blame, Request, RequestState, going_on_unseen
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
+
+UNPLANNED_AHEAD_S = 30.0
+"""How long nothing is planned ahead where a step that had waited for tokens was given up."""
 
 
 @dataclass(slots=True)
@@ -36,6 +42,7 @@ class StepInFlight:
     plan: StepPlan
     requests: tuple[Request, ...]
     planned_s: float
+    """Of one planned ahead: when the step that it waits for was answered, once it was."""
     is_canary: bool = False
     """It carries nothing, and was planned to see whether it is answered."""
     sent_s: float | None = None
@@ -71,6 +78,7 @@ class PipelineSchedule:
         self.suspended_s: float | None = None
         """When it stopped taking steps, and began to wait for a holder; None: it is open, and takes them."""
         self._has_just_replayed = False
+        self._plans_ahead_from_s = -math.inf
         self.max_micro_batches = settings.micro_batches_per_pipeline or opening.num_slots
         self._max_prefilling = settings.micro_batches_per_pipeline or opening.num_slots + 1
         """Steps that may be in flight while nothing decodes: one more, for a stage to compute while the experts of
@@ -94,10 +102,22 @@ class PipelineSchedule:
 
     # Planning
 
-    def plan_step(self, step: StepId, now_s: float) -> tuple[StepPlan | None, list[Request]]:
-        """Plans the next micro-batch, if one may and need be sent. Returns it, and the requests preempted for it."""
+    def plan_step(
+        self, step: StepId, now_s: float, *, may_plan_ahead: bool = True
+    ) -> tuple[StepPlan | None, list[Request]]:
+        """Plans the next micro-batch, if one may and need be sent. Returns it, and the requests preempted for it.
+
+        `may_plan_ahead`: whether nobody waits for a place or for blocks, which those in flight do not give up.
+        """
+        plan, preempted = self._plan_known(step, now_s)
+        if plan is None and not preempted and may_plan_ahead:
+            plan = self._plan_ahead(step, now_s)
+        return plan, preempted
+
+    def _plan_known(self, step: StepId, now_s: float) -> tuple[StepPlan | None, list[Request]]:
+        """Plans one of which all tokens are known."""
         preempted: list[Request] = []
-        if len(self.in_flight) >= self._max_in_flight():
+        if self._num_under_way() >= self._max_in_flight():
             return None, preempted
         replays = self._replay_candidates()
         ordinary = [] if replays and not self._has_just_replayed else self._candidates()
@@ -112,6 +132,32 @@ class PipelineSchedule:
             return None, preempted
         computing_slots = self.replay_slots if chunks and self._has_just_replayed else ()
         return self._plan(step, now_s, chunks, computing_slots), preempted
+
+    def _num_under_way(self) -> int:
+        """Counts steps in flight without one that waits for another's tokens, and so keeps no stage busy."""
+        return sum(other.plan.awaited_step not in self.in_flight for other in self.in_flight.values())
+
+    def _plan_ahead(self, step: StepId, now_s: float) -> StepPlan | None:
+        """Plans what follows the only step in flight, if that is certain: with tokens that are not known yet."""
+        if not self._settings.plans_ahead or now_s < self._plans_ahead_from_s or len(self.in_flight) != 1:
+            return None
+        (under_way,) = self.in_flight.values()
+        picked = going_on_unseen(under_way.plan, self.running)
+        if not 0 < len(picked) <= min(self._decode_share(len(picked)), self._max_decodes()):
+            return None
+        wanted = [self.num_blocks_for(request.num_planned_tokens + 1) - len(request.block_table) for request in picked]
+        if sum(wanted) > self.allocator.num_free:
+            return None  # nobody who is in flight could be preempted
+        self._has_just_replayed = False
+        chunks = self._plan_chunks(step, [(request, 1) for request in picked], [], now_s)
+        return self._plan(step, now_s, chunks, awaited_step=under_way.plan.step) if chunks else None
+
+    def _decode_share(self, num_decoding: int) -> int:
+        """Returns how many of so many that decode go in one step."""
+        return max(-(-num_decoding // self.max_micro_batches), self._settings.min_decode_share)
+
+    def _max_decodes(self) -> int:
+        return min(self._settings.max_batch_tokens, self._settings.max_batch_sequences)
 
     def _plan_chunks(
         self, step: StepId, picked: Sequence[tuple[Request, int]], preempted: list[Request], now_s: float
@@ -150,6 +196,7 @@ class PipelineSchedule:
         chunks: Mapping[Request, ScheduledChunk],
         computing_slots: tuple[int, ...] = (),
         *,
+        awaited_step: int = 0,
         is_canary: bool = False,
     ) -> StepPlan:
         """Makes a step, which is in flight from now on: behind the one before it, with the releases that are held."""
@@ -161,6 +208,7 @@ class PipelineSchedule:
             tuple(self.held_releases),
             computing_slots,
             self._last_planned,
+            awaited_step,
         )
         self._last_planned = step
         self.held_releases.clear()
@@ -181,7 +229,6 @@ class PipelineSchedule:
         for request in self.running:
             if not request.is_replaying:
                 (decoding if request.is_decoding else prefilling).append(request)
-        decode_share = max(-(-len(decoding) // self.max_micro_batches), settings.min_decode_share)
         prefill_share = -(-len(prefilling) // self.max_micro_batches)
         ready_decodes = [request for request in decoding if not request.steps]
         ready_prefills = [request for request in prefilling if not request.steps]
@@ -190,7 +237,7 @@ class PipelineSchedule:
         # If the oldest of all is to be prefilled, the younger that decode leave it a place and a token.
         oldest = min((*ready_decodes, *ready_prefills), key=lambda request: request.arrival, default=None)
         kept_back = 0 if oldest is None or oldest.is_decoding else 1
-        num_decodes = min(decode_share, settings.max_batch_tokens - kept_back, settings.max_batch_sequences - kept_back)
+        num_decodes = min(self._decode_share(len(decoding)), self._max_decodes() - kept_back)
         if _wait_for_others(decoding, ready_decodes, num_decodes):
             ready_decodes = []
         picked = [(request, 1) for request in ready_decodes[:num_decodes]]
@@ -208,7 +255,7 @@ class PipelineSchedule:
         start = request.num_planned_tokens
         num_known_blocks = len(request.block_table)
         if start + num_tokens <= num_known_blocks * self._settings.block_tokens:
-            return self._chunk(request, start, num_tokens, samples=start + num_tokens == request.num_tokens)
+            return self._chunk(request, start, num_tokens, samples=start + num_tokens >= request.num_tokens)
         while self.num_blocks_for(start + num_tokens) - num_known_blocks > self.allocator.num_free:
             victim = self._youngest_after(request)
             if victim is None:
@@ -223,7 +270,7 @@ class PipelineSchedule:
         new_block_ids = self.allocator.allocate(max(0, self.num_blocks_for(start + num_tokens) - num_known_blocks))
         assert new_block_ids is not None, "the chunk was cut to what is free"
         request.block_table.extend(new_block_ids)
-        return self._chunk(request, start, num_tokens, samples=start + num_tokens == request.num_tokens)
+        return self._chunk(request, start, num_tokens, samples=start + num_tokens >= request.num_tokens)
 
     def _replay_candidates(self) -> list[tuple[Request, int]]:
         """Returns which requests replay how many tokens next, by arrival; in all as many tokens as a step may have."""
@@ -241,7 +288,8 @@ class PipelineSchedule:
         yet."""
         assert request.sequence_id is not None, "a running request has a sequence id"
         num_told, request.num_told_blocks = request.num_told_blocks, len(request.block_table)
-        tells_adjustments = samples and request.tells_adjustments()
+        num_generated = len(request.generated_token_ids) + max(0, start + num_tokens - request.num_tokens)
+        tells_adjustments = samples and request.tells_adjustments(num_generated)
         return ScheduledChunk(
             sequence_id=request.sequence_id,
             token_ids=request.token_ids(start, start + num_tokens),
@@ -251,7 +299,7 @@ class PipelineSchedule:
             samples=samples,
             sampling=request.generation_request.sampling,
             choice=request.generation_request.choice,
-            num_generated=len(request.generated_token_ids),
+            num_generated=num_generated,
             tells_adjustments=tells_adjustments,
             token_counts=request.token_counts() if tells_adjustments else b"",
         )
@@ -269,7 +317,13 @@ class PipelineSchedule:
 
     def land(self, step: StepId, now_s: float, *, has_failed: bool = False) -> StepInFlight:
         """Ends a step that is in flight here: its requests are free for another."""
-        in_flight = self.in_flight.pop(step)
+        in_flight = self.in_flight[step]
+        if has_failed:
+            self._note_given_up([in_flight], now_s)
+        del self.in_flight[step]
+        for other in self.in_flight.values():
+            if other.plan.awaited_step == step:
+                other.planned_s = now_s
         self.last_step = max(self.last_step, step)
         self.pace.answered(now_s, has_failed=has_failed, is_canary=in_flight.is_canary)
         if in_flight.plan.chunks and not has_failed:  # others say nothing of how long work takes
@@ -278,6 +332,13 @@ class PipelineSchedule:
             request.pace.is_disturbed |= has_failed
             self._set_down(request, step)
         return in_flight
+
+    def _note_given_up(self, steps: Iterable[StepInFlight], now_s: float) -> None:
+        """Plans nothing ahead for a while where a step had waited for tokens that were long there: the link from the
+        last stage to the first may be cut, over which nothing else goes."""
+        waited = [step for step in steps if step.plan.awaited_step and step.plan.awaited_step not in self.in_flight]
+        if self.num_slots > 1 and any(now_s - step.planned_s > UNANSWERED_S for step in waited):
+            self._plans_ahead_from_s = now_s + UNPLANNED_AHEAD_S
 
     def _set_down(self, request: Request, step: StepId) -> None:
         """Takes the request out of a step. If it has ended meanwhile, nothing can write to its blocks after its last
@@ -303,6 +364,7 @@ class PipelineSchedule:
     def suspend(self, now_s: float) -> None:
         """Ends the generation: what is in flight is void, since every stage drops it before it takes a new step."""
         self.suspended_s = now_s
+        self._note_given_up(self.in_flight.values(), now_s)
         self.void_steps()
         for request in self.running:
             request.num_recoveries += 1
@@ -409,7 +471,8 @@ class PipelineSchedule:
         held = [block_id for request in holders.values() for block_id in request.block_table]
         assert len(held) == len(set(held)), "two requests hold one block"
         assert len(held) == self.allocator.num_blocks - self.allocator.num_free, "blocks are leaked"
-        assert len(self.in_flight) <= self._max_prefilling, "too many micro-batches in flight"
+        assert self._num_under_way() <= self._max_prefilling, "too many micro-batches in flight"
+        assert len(self.in_flight) <= self._max_prefilling + 1, "more than one step is planned ahead"
         arrivals = [request.arrival for request in self.running]
         assert arrivals == sorted(set(arrivals)), "running requests are out of order"
         for request in self.running:
@@ -419,7 +482,8 @@ class PipelineSchedule:
             assert list(request.steps) == sorted(request.steps), f"{request.request_id} is in steps out of order"
             if not request.is_replaying:
                 covered = len(request.block_table) * self._settings.block_tokens
-                assert request.num_unplanned_tokens >= 0, f"{request.request_id} has more in flight than tokens"
+                least = -1 if request.is_decoding else 0
+                assert request.num_unplanned_tokens >= least, f"{request.request_id} has more in flight than tokens"
                 assert covered >= request.num_planned_tokens, f"{request.request_id} has more cache than blocks"
 
     def num_blocks_for(self, num_tokens: int) -> int:
@@ -430,7 +494,7 @@ class PipelineSchedule:
 def _wait_for_others(decoding: Sequence[Request], ready: Sequence[Request], most: int) -> bool:
     """Returns whether those that are ready had better go with those that are in steps now, once these are back: all
     that decode need no more steps, of `most` of them at most, than are in flight. Who goes alone waits for nobody."""
-    num_steps = len({step for request in decoding for step in request.steps})
+    num_steps = len({next(reversed(request.steps)) for request in decoding if request.steps})
     num_needed = -(-len(decoding) // max(1, most))
     return num_steps >= num_needed and not any(request.num_failed_steps for request in ready)
 

@@ -1,4 +1,5 @@
-"""One request's life as a state machine, and whose turn it is when something raises.
+"""One request's life as a state machine, who goes on before its token is known, and whose turn it is when something
+raises.
 
 WAITING -> RUNNING -> FINISHED
    ^  |       | |---> CANCELLED (also from WAITING)
@@ -17,8 +18,10 @@ from types import TracebackType
 import numpy as np
 
 from common.ids import PipelineId, RequestId, SequenceId, StepId
+from common.messages import AWAITED_TOKEN
 from services.router.engine import FinishReason, GenerationRequest, RecoveryCounts, Token
 from services.router.scheduling.pace import RequestPace
+from services.router.scheduling.step_plan import StepPlan
 
 MAX_KV_HISTORY = 64
 """Steps that a request remembers of its cache. A mirror that lags by more is no help: all is replayed then."""
@@ -57,7 +60,8 @@ class Request:
     block_table: list[int] = field(default_factory=list)
     steps: dict[StepId, int] = field(default_factory=dict)
     """The steps in flight that it is part of, oldest first, with how many of its tokens each has: several only while a
-    prefill runs ahead. One that ended in mid-flight keeps them, and its blocks, until the last of them lands."""
+    prefill runs ahead, or a decode step is planned ahead. One that ended in mid-flight keeps them, and its blocks,
+    until the last of them lands."""
     num_told_blocks: int = 0
     """Blocks of its table that the stages of this generation know."""
     kv_history: list[tuple[int, int]] = field(default_factory=list)
@@ -116,7 +120,8 @@ class Request:
 
     @property
     def num_unplanned_tokens(self) -> int:
-        """Counts known tokens that are neither in the cache nor in a step in flight. Not while it replays."""
+        """Counts known tokens that are neither in the cache nor in a step in flight, less one that is in flight and not
+        known yet. Not while it replays."""
         return self.num_remaining_tokens - sum(self.steps.values())
 
     @property
@@ -124,6 +129,21 @@ class Request:
         """Says whether a further chunk of its prefill may follow those in flight: all that it needs of them is that
         they are computed before it, layer by layer. One that has broken a step goes one at a time."""
         return bool(self.steps) and self.num_unplanned_tokens > 0 and not self.num_failed_steps
+
+    @property
+    def ends_in_flight(self) -> bool:
+        """Says whether the token that its step in flight samples is its last one, whichever it is."""
+        return len(self.generated_token_ids) + len(self.steps) >= self.generation_request.sampling.max_tokens
+
+    @property
+    def may_go_on_unseen(self) -> bool:
+        """Says whether its next decode step may be planned now, also where the token that this goes on with is not
+        known: nothing else that the step says depends on that token. One that has broken a step is looked at first."""
+        if self.num_failed_steps or len(self.steps) > 1:
+            return False
+        sampling, num_generated = self.generation_request.sampling, len(self.generated_token_ids) + len(self.steps)
+        is_told = not sampling.adjusts(num_generated) or self._told_early == sampling.is_early(num_generated)
+        return is_told or not self.steps
 
     @property
     def is_decoding(self) -> bool:
@@ -176,14 +196,18 @@ class Request:
         self.num_told_blocks, self._told_early = 0, None
 
     def token_ids(self, start: int, stop: int) -> tuple[int, ...]:
-        """Returns tokens at positions [start, stop). A decode step does not touch the prompt."""
+        """Returns tokens at positions [start, stop). One that is not known yet is AWAITED_TOKEN. A decode step does not
+        touch the prompt."""
+        if start == self.num_tokens:
+            return (AWAITED_TOKEN,) * (stop - start)
         prompt = self.generation_request.prompt_token_ids
         generated = self.generated_token_ids
         return prompt[start:stop] + tuple(generated[max(0, start - len(prompt)) : max(0, stop - len(prompt))])
 
-    def tells_adjustments(self) -> bool:
-        """Returns whether the last stage must be told of its penalties and biases now; it then counts as told."""
-        sampling, num_generated = self.generation_request.sampling, len(self.generated_token_ids)
+    def tells_adjustments(self, num_generated: int) -> bool:
+        """Returns whether the last stage must be told of its penalties and biases in the step that goes on after so
+        many tokens; it then counts as told."""
+        sampling = self.generation_request.sampling
         is_early = sampling.is_early(num_generated)
         was_told, self._told_early = self._told_early, is_early
         return sampling.adjusts(num_generated) and was_told != is_early
@@ -251,6 +275,23 @@ class Request:
         if self.state not in allowed:
             raise ValueError(f"request {self.request_id} is {self.state} and cannot become {state}")
         self.state = state
+
+
+def going_on_unseen(under_way: StepPlan, running: Sequence[Request]) -> list[Request]:
+    """Returns who is in the step after this one, the only one in flight, if that can be said before its tokens are
+    known; else nobody.
+
+    That is so while it decodes and all that run here do. Those go on for which the token under way is not the last one
+    anyhow. One that ends with a stop token has a row too many in the next step, of which nothing comes. A prompt that
+    is to join is not kept waiting by one more step, and a request about which the last stage must be told more than
+    that it goes on is not told before all of that is known.
+    """
+    if not under_way.only_decodes or under_way.computing_slots:
+        return []
+    going_on = [request for request in running if not request.ends_in_flight]
+    if not all(request.is_decoding and not request.is_replaying and request.may_go_on_unseen for request in going_on):
+        return []
+    return going_on
 
 
 class Blame:

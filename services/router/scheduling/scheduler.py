@@ -149,7 +149,9 @@ class Scheduler:
     def _plan_steps(self, pipeline: PipelineId, now_s: float) -> list[StepPlan]:
         plans: list[StepPlan] = []
         while True:
-            plan, preempted = self._schedules.all[pipeline].plan_step(StepId(self._last_step + 1), now_s)
+            plan, preempted = self._schedules.all[pipeline].plan_step(
+                StepId(self._last_step + 1), now_s, may_plan_ahead=not self._waiting.requests
+            )
             for request in preempted:
                 self.counters.preemptions += 1
                 self._waiting.requeue(request, now_s)
@@ -157,6 +159,7 @@ class Scheduler:
                 return plans
             self._last_step = plan.step
             self.counters.steps_planned += 1
+            self.counters.steps_planned_ahead += plan.awaited_step > 0
             self.counters.tokens_planned += plan.num_tokens
             plans.append(plan)
 
@@ -188,6 +191,8 @@ class Scheduler:
         for chunk, request in zip(in_flight.plan.chunks, in_flight.requests, strict=True):
             if request.state is not RequestState.RUNNING or self._blame.has(request):
                 continue
+            if chunk.start_position > request.num_computed_tokens and not in_flight.plan.computing_slots:
+                continue  # planned ahead, and the step before brought no token of it: that is done again
             with self._blame.handling(request):
                 request.num_retried_calls += retried_calls
                 if chunk.samples and chunk.sequence_id not in sampled:

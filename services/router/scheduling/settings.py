@@ -26,6 +26,8 @@ class SchedulerSettings:
     min_decode_share: int = 1
     """Decoding sequences are cut into several micro-batches only as far as each keeps this many: every micro-batch
     reads all weights again, and until the arithmetic outweighs that, one large step is faster than two small ones."""
+    plans_ahead: bool = True
+    """Whether a decode step may be planned, and sent, before the tokens that it goes on with are known."""
     max_failed_steps: int = 3
     """Failed steps in a row after which a request is still recomputed; one more and it fails."""
     max_held_releases: int = 64
@@ -46,7 +48,7 @@ class SchedulerSettings:
         for setting in fields(self):
             value = getattr(self, setting.name)
             lowest = 0 if setting.name in ("max_failed_steps", "max_held_releases") else 1
-            if isinstance(value, int) and value < lowest:
+            if isinstance(value, int) and not isinstance(value, bool) and value < lowest:
                 raise ConfigurationError(f"{setting.name} is {value}; at least {lowest} is needed")
             if isinstance(value, float) and not value > 0:
                 raise ConfigurationError(f"{setting.name} is {value}; more than 0 is needed")

@@ -36,6 +36,8 @@ class SchedulerCounters:
     requests_cancelled: int = 0
     requests_failed: int = 0
     steps_planned: int = 0
+    steps_planned_ahead: int = 0
+    """Those of them whose tokens were not known yet."""
     tokens_planned: int = 0
     tokens_generated: int = 0
     tokens_recomputed: int = 0

@@ -15,7 +15,8 @@ class ScheduledChunk:
 
     sequence_id: SequenceId
     token_ids: tuple[int, ...]
-    """At least one; they stand at positions [start_position, start_position + len(token_ids))."""
+    """At least one; they stand at positions [start_position, start_position + len(token_ids)). AWAITED_TOKEN: what the
+    plan's `awaited_step` samples for this sequence."""
     start_position: int
     block_offset: int
     """Blocks of this sequence that the stages know already; 0 in its first chunk."""
@@ -26,7 +27,7 @@ class ScheduledChunk:
     sampling: SamplingParameters
     choice: int
     num_generated: int
-    """Tokens that the request has generated before this step, over all its recomputations."""
+    """Tokens that the request has generated before this step, over all its recomputations, and an awaited one."""
     tells_adjustments: bool = False
     """Whether the last stage is told all of this sequence's penalties, biases and counts, and not only to go on."""
     token_counts: bytes = b""
@@ -49,11 +50,18 @@ class StepPlan:
     """The slots that compute a replay; empty: all."""
     previous_step: int = 0
     """The step that was planned before it in this generation of the pipeline; 0: it is the first."""
+    awaited_step: int = 0
+    """The step whose tokens this one goes on with, planned before they were known; 0: all of its tokens are known."""
 
     @property
     def num_tokens(self) -> int:
         """Counts tokens that the stages compute."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    @property
+    def only_decodes(self) -> bool:
+        """Says whether it has one token of each sequence, and samples the next one of each."""
+        return bool(self.chunks) and all(chunk.samples and len(chunk.token_ids) == 1 for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 from common.compute.native_library import NativeKernels
 from common.errors import MoemeshError
 from common.ids import Generation, LeaseTerm, PipelineId, SlotIndex
-from common.messages import AssignMirror, AssignStage, Header, Hello, MirrorReady, StageReady
+from common.messages import AssignMirror, AssignStage, Header, Hello, MirrorReady, StageReady, StepResult
 from common.topology import LayerRange, SlotReport, StageRole, StageSlot
 from common.wire.array import array_to_frame
 from common.wire.records import HELD_SEQUENCE, records_to_frame
@@ -19,6 +19,7 @@ from services.stage.model.executor import Executor
 from services.stage.model.kv_cache import PagedMemory
 from services.stage.model.logit_adjustments import KeptAdjustments
 from services.stage.model.micro_batch import BlockTables
+from services.stage.slot.early_steps import EarlySteps
 from services.stage.slot.layers import LayersLoad
 from services.stage.slot.step_watermark import StepWatermark
 
@@ -68,12 +69,24 @@ class Slot:
     """The last sequence number of the messages from upstream."""
     adjustments: KeptAdjustments = field(default_factory=KeptAdjustments)
     """On the last slot, in this generation."""
+    early_steps: EarlySteps = field(default_factory=EarlySteps)
+    """Steps that have come and have not begun. Only on the first slot do any wait."""
+    first_stage: MessageSocket | None = None
+    """On the last slot of several: to the first one, which waits for what is sampled."""
+    untold: tuple[StepResult, Header] | None = None
+    """The newest result that the first stage has not taken yet."""
     takes_steps: bool = True
     """Not between a hello, which says what is held here, and the assignment that follows it."""
 
     def takes(self, stamp: tuple[int, int]) -> bool:
         """Returns whether a step of this router's term and generation is one for this slot."""
         return self.takes_steps and stamp == (self.router_term, self.role.generation)
+
+    def close(self) -> None:
+        """Closes its sockets."""
+        self.downstream.close()
+        if self.first_stage is not None:
+            self.first_stage.close()
 
     def add_to(self, hello: Hello) -> Hello:
         """Adds what a router that has been restarted is told with the hello."""

@@ -239,7 +239,7 @@ class StageWorker:
 
     def _close_slot(self) -> None:
         if self.slot is not None:
-            self.slot.downstream.close()
+            self.slot.close()
             self.slot = None
 
     def close(self) -> None:
@@ -293,6 +293,9 @@ class StageWorker:
         endpoint = choose_endpoint(message.downstream, message.downstream_ipc_token, self._ipc_token)
         downstream = self._transport.push(f"after {role.slot}", endpoint)
         self.slot = Slot(role, header.router_term, executor, held, downstream, self._sampling_kernels)
+        if message.first_stage:
+            endpoint = choose_endpoint(message.first_stage, message.first_stage_ipc_token, self._ipc_token)
+            self.slot.first_stage = self._transport.push(f"samples of {role.slot}", endpoint)
         self._log.info(
             "slot_taken",
             pipeline=message.pipeline,

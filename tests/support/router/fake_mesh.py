@@ -41,6 +41,7 @@ from services.router.mesh.loop import LoopHooks, MeshLoop, MeshRoles, MeshTerms
 from services.router.mesh.steps import StepFlow
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
+from services.stage.slot.early_steps import EarlySteps
 from tests.support.router.expert_shards import all_loaded
 from tests.support.router.mesh_shapes import node, small_mesh, small_model
 
@@ -80,9 +81,14 @@ class FakeStages:
     cache: dict[int, list[int]] = field(default_factory=dict)
     takes_steps: bool = True
     answers: deque[tuple[StepResult, Header]] = field(default_factory=deque)
+    early_steps: EarlySteps = field(default_factory=EarlySteps)
 
     def take(self, step: Step, header: Header) -> None:
-        """Compute a step; its answer waits in `answers`."""
+        """Compute a step, whose tokens are known by now; its answer waits in `answers`."""
+        self.early_steps.add(step, header, 0.0)
+        arrived = self.early_steps.pop()
+        assert arrived is not None, "what it waits for was computed when it came"
+        step = self.early_steps.with_tokens(step)
         for sequence in frame_to_array(step.released, "int64", (None,), "released").tolist():
             self.cache.pop(sequence, None)
         tokens = frame_to_array(step.hidden, "int32", (None,), "hidden").tolist()
@@ -96,7 +102,9 @@ class FakeStages:
             tokens = tokens[count:]
             if samples:
                 sampled.append((sequence, next_token(own)))
-        self.answers.append((result_of(sampled), header))
+        result = result_of(sampled)
+        self.early_steps.note_samples(header.step, result)
+        self.answers.append((result, header))
 
 
 def result_of(sampled: list[tuple[int, int]]) -> StepResult:
@@ -216,9 +224,16 @@ class FakeMesh:
     """A mesh loop, a clock moved by hand, and nodes that do what they are told unless a test says otherwise."""
 
     def __init__(
-        self, *, adopts: bool = False, config: ModelConfig | None = None, placer: Any = None, **mesh: Any
+        self,
+        *,
+        adopts: bool = False,
+        plans_ahead: bool = False,
+        config: ModelConfig | None = None,
+        placer: Any = None,
+        **mesh: Any,
     ) -> None:
-        """`adopts`: nodes may hold slots of a router before this one."""
+        """`adopts`: nodes may hold slots of a router before this one. `plans_ahead`: a step may be sent before the one
+        that it goes on from is answered; else each comes alone."""
         self.now_s = 1000.0
         self.client = FakeClient()
         self.outcomes: dict[str, list[Token | MoemeshError]] = {}
@@ -226,7 +241,9 @@ class FakeMesh:
         log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
         client: Any = self.client
         placer = placer or InlinePlacer()
-        settings = SchedulerSettings(block_tokens=shape.block_tokens, prefill_chunk_tokens=CHUNK_TOKENS)
+        settings = SchedulerSettings(
+            block_tokens=shape.block_tokens, prefill_chunk_tokens=CHUNK_TOKENS, plans_ahead=plans_ahead
+        )
         self.scheduler = Scheduler(settings, TERM << 32)
         self.stages = StageRoles(config, shape, ("tcp://router:9",), "", adopts=adopts)
         self.experts = ExpertRoles(config, shape, 1)

@@ -15,7 +15,8 @@ P0, P1 = PipelineId(0), PipelineId(1)
 
 
 def make_scheduler(num_blocks: int = 100, num_slots: int = 1, **changes: object) -> Scheduler:
-    fields: dict[str, object] = {"block_tokens": 4, **changes}
+    """One that plans nothing ahead, so that each step has the tokens of those before it, unless it is told to."""
+    fields: dict[str, object] = {"block_tokens": 4, "plans_ahead": False, **changes}
     scheduler = Scheduler(SchedulerSettings(**fields))  # type: ignore[arg-type]
     open_pipeline(scheduler, P0, Generation(1), num_blocks, num_slots, now_s=0.0)
     return scheduler

@@ -1,10 +1,11 @@
 """Stages without tensors: what they keep of each step plan, and a "model" whose next token depends on every cached one.
 
 Two stages a pipeline, each of which gets steps and is done with them in whatever order, but for chunks of one sequence:
-a stage takes these in turn, and each needs all positions before its own. A block that is given out while
-an old step may still write to it, or a chunk that skips a position, shows as a wrong token. A stage may be lost and
-replaced by an empty one or by its mirror, which joined at any time and is some messages behind; the other one goes on
-with what it has. Marks are kept by the stages' own `StepWatermark`.
+a stage takes these in turn, and each needs all positions before its own. A step that was planned ahead waits in the
+first stage's own `EarlySteps` until it is told what the last one has sampled, some time after that. A block that is
+given out while an old step may still write to it, or a chunk that skips a position, shows as a wrong token. A stage may
+be lost and replaced by an empty one or by its mirror, which joined at any time and is some messages behind; the other
+one goes on with what it has. Marks are kept by the stages' own `StepWatermark`.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from common.ids import Generation, PipelineId, RequestId, SequenceId, StepId
+from common.messages import Header, StepResult
 from common.topology import LayerRange
+from common.wire.array import array_to_frame, frame_to_array
 from services.router.control.adoption import HeldCache, HeldSequence, HeldSlot, combine
 from services.router.engine import GenerationRequest, SamplingParameters, Token
 from services.router.mesh.step_message import step_message
 from services.router.scheduling.request import count_tokens
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 from services.stage.model.logit_adjustments import KeptAdjustments
+from services.stage.slot.early_steps import EarlySteps
 from services.stage.slot.step_watermark import StepWatermark
 
 VOCABULARY_SIZE = 97
@@ -137,6 +141,13 @@ class SimulatedPipeline:
         self._has_left: dict[StepId, int] = {}
         """How many stages have finished each step that is under way."""
         self._under_way: dict[StepId, StepPlan] = {}
+        """With all tokens."""
+        self._early_steps = EarlySteps()
+        self._not_begun: dict[int, StepPlan] = {}
+        self._sampled: dict[StepId, dict[SequenceId, Token]] = {}
+        """What the last stage has sampled in steps that are not answered."""
+        self._untold: deque[tuple[StepId, StepResult]] = deque()
+        """What of that is on its way to the first stage."""
 
     def keep_tables_of(self, former: SimulatedPipeline) -> None:
         """The stages were there before this pipeline was closed and opened again."""
@@ -213,6 +224,10 @@ class SimulatedPipeline:
         """What is under way is void."""
         self._has_left.clear()
         self._under_way.clear()
+        self._early_steps = EarlySteps()
+        self._not_begun.clear()
+        self._sampled.clear()
+        self._untold.clear()
 
     def before(self, plan: StepPlan) -> list[StepPlan]:
         """Steps under way with chunks of its sequences that come before its own, oldest first."""
@@ -220,14 +235,45 @@ class SimulatedPipeline:
         others = [other for step, other in self._under_way.items() if step < plan.step]
         return [other for other in others if not own.isdisjoint(chunk.sequence_id for chunk in other.chunks)]
 
+    def due(self, plan: StepPlan, in_flight: Sequence[StepPlan]) -> StepPlan:
+        """Which of those in flight, in the order in which they were sent, must be answered first so that this one can
+        be: with earlier chunks, or ahead of it in line while it waits, or itself."""
+        own = [other for other in in_flight if other.pipeline == self.pipeline]
+        if plan.step in self._not_begun:
+            return own[0]
+        before = [other.step for other in self.before(plan)]
+        first = next((other for other in own if other.step in before), None)
+        return plan if first is None else self.due(first, in_flight)  # it may wait for others of its own
+
     def send(self, plan: StepPlan) -> None:
         """The first stage gets the step, and is done with it at once."""
         self.deliver(plan)
         self.advance(plan)
 
     def deliver(self, plan: StepPlan) -> None:
-        """The first stage gets the step."""
+        """The first stage gets the step, and begins it once it knows its tokens."""
         assert (plan.pipeline, plan.generation) == (self.pipeline, self.generation)
+        self._not_begun[plan.step] = plan
+        self._early_steps.add(step_message(plan), Header(step=plan.step), 0.0)
+        self._begin_steps()
+
+    def tell_samples(self) -> None:
+        """What the last stage has sampled reaches the first one."""
+        while self._untold:
+            self._early_steps.note_samples(*self._untold.popleft())
+            self._begin_steps()
+
+    def _begin_steps(self) -> None:
+        while (arrived := self._early_steps.pop()) is not None:
+            plan = self._not_begun.pop(arrived.header.step)
+            hidden = self._early_steps.with_tokens(arrived.step).hidden
+            tokens = deque(frame_to_array(hidden, "int32", (None,), "Step.hidden").tolist())
+            chunks = [
+                replace(chunk, token_ids=tuple(tokens.popleft() for _ in chunk.token_ids)) for chunk in plan.chunks
+            ]
+            self._begin(replace(plan, chunks=tuple(chunks)))
+
+    def _begin(self, plan: StepPlan) -> None:
         for sequence_id in plan.released:
             self._block_tables.pop(sequence_id, None)
             self._released.add(sequence_id)
@@ -254,7 +300,9 @@ class SimulatedPipeline:
     def advance(self, plan: StepPlan) -> bool:
         """The stage that has the step is done with it, and the next one gets it. False: the last stage is done. Nothing
         happens while the stage has one that comes before it."""
-        stage = self._has_left[plan.step]
+        if plan.step in self._not_begun:
+            return True
+        plan, stage = self._under_way[plan.step], self._has_left[plan.step]
         if stage == 2:
             return False
         if any(self._has_left[other.step] == stage for other in self.before(plan)):
@@ -275,19 +323,28 @@ class SimulatedPipeline:
                     logged = [self._stages[0].cache[slot] for slot in slots]
                     assert logged == list(chunk.token_ids), "the log says something else"
             self._arrive(1, plan)
+        else:
+            self._sample_all(plan)
         return True
 
-    def answer(self, plan: StepPlan) -> dict[SequenceId, Token]:
-        """The last stage is done with the step."""
-        assert not self.before(plan), "it cannot overtake them"
-        while self.advance(plan):
-            pass
-        del self._has_left[plan.step], self._under_way[plan.step]
+    def _sample_all(self, plan: StepPlan) -> None:
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
         sampled = {chunk.sequence_id: Token(self._sample(chunk)) for chunk in sampling}
         self._check_adjustments(plan, sampling)
         self._adjustments.count(sampled, [token.token_id for token in sampled.values()])
-        return sampled
+        self._sampled[plan.step] = sampled
+        self._untold.append((plan.step, _result_of(sampled)))
+
+    def answer(self, plan: StepPlan) -> dict[SequenceId, Token]:
+        """The last stage is done with the step."""
+        assert not self.before(plan), "it cannot overtake them"
+        if plan.step in self._not_begun:
+            self.tell_samples()
+        assert plan.step not in self._not_begun, "it waits for what nobody samples"
+        while self.advance(plan):
+            pass
+        del self._has_left[plan.step], self._under_way[plan.step]
+        return self._sampled.pop(plan.step)
 
     def _check_adjustments(self, plan: StepPlan, sampling: Sequence[ScheduledChunk]) -> None:
         """What the last stage keeps is what somebody who is told the whole past would have."""
@@ -335,3 +392,14 @@ class SimulatedPipeline:
         assert tokens == [self._stages[0].cache.get(slot) for slot in slots], "the stages' caches differ"
         assert None not in tokens, "a place was never written to"
         return next_token([token for token in tokens if token is not None], chunk.sampling.seed)
+
+
+def _result_of(sampled: dict[SequenceId, Token]) -> StepResult:
+    count = len(sampled)
+    return StepResult(
+        array_to_frame(np.array(list(sampled), dtype=np.int64)),
+        array_to_frame(np.array([token.token_id for token in sampled.values()], dtype=np.int32)),
+        array_to_frame(np.zeros(count, dtype=np.float32)),
+        array_to_frame(np.zeros((count, 0), dtype=np.int32)),
+        array_to_frame(np.zeros((count, 0), dtype=np.float32)),
+    )

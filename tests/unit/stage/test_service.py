@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import structlog
 import torch
@@ -15,6 +16,7 @@ import torch
 from common.checkpoint.model_config import read_model_config
 from common.errors import ExecutionError
 from common.messages import (
+    AWAITED_TOKEN,
     NO_ARRAY,
     AssignMirror,
     AssignStage,
@@ -30,7 +32,7 @@ from common.messages import (
 from common.node.loop import LEAVE_DEADLINE_S
 from common.node.process import NodeProcess
 from common.topology import StageState
-from common.wire.array import frame_to_array
+from common.wire.array import array_to_frame, frame_to_array
 from common.wire.tensor import tensor_to_frame
 from common.wire.transport import LinkEvent
 from services.stage import service
@@ -40,6 +42,7 @@ from services.stage.service import KEEP_STATE_S, StageService
 from services.stage.slot.layers import StageLayers
 from services.stage.slot.mirror_sender import BACKFILL_BLOCKS
 from services.stage.slot.stage_worker import StageWorker
+from services.stage.step_output import EMPTY_RESULT
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
 from tests.support.nodes.kernels import one_torch_thread
 from tests.support.nodes.listening_router import HELLO, ListeningRouter
@@ -48,6 +51,13 @@ from tests.unit.stage.model.test_micro_batch import step
 
 __all__ = ["one_torch_thread"]
 ASSIGN = AssignStage(0, 0, 2, 0, 2, 1, 40, ("tcp://next:1",), "")
+LAST = AssignStage(0, 1, 2, 2, 4, 1, 40, ("tcp://router:1",), "", ("tcp://first:1",), "")
+SAMPLED = replace(
+    EMPTY_RESULT,
+    sequence_ids=array_to_frame(np.array([7], dtype=np.int64)),
+    token_ids=array_to_frame(np.array([5], dtype=np.int32)),
+)
+"""What a step of sequence 7 has sampled."""
 FOLLOW = AssignMirror(0, 0, 2, 0, 2, 1, 40, ("tcp://holder:1",), "")
 FEED, FEED_NUMBER = MirrorTo(1, "stage-9", ("tcp://mirror:1",), ""), 7
 
@@ -215,6 +225,95 @@ def test_a_step_at_which_reading_breaks_costs_that_step_and_not_the_stage(
     stage.get_step(step([(8, 0, 5, 0, 1, 0)], [4]), 1, 11)
     stage._receive_steps(100.0)
     assert stage.held_sequences == {8: [4]}
+
+
+def awaiting_step(awaited_step: int) -> Step:
+    """Sequence 7 goes on, after the token that a step samples."""
+    awaited = array_to_frame(np.array([AWAITED_TOKEN], dtype=np.int32))
+    return replace(step([(7, 5, 1, 0, 1, 1)], [3]), hidden=awaited, awaited_step=awaited_step)
+
+
+def test_a_step_begins_once_the_last_stage_has_told_its_tokens_and_not_before_those_it_was_sent_behind(
+    stage: Stage,
+) -> None:
+    stage.take_slot(ASSIGN, 1)
+    stage.get_step(awaiting_step(10), 1, 11)
+    stage.get_step(step([(8, 0, 5, 0, 1, 0)], [4]), 1, 12)
+    stage._receive_steps(100.0)
+    assert stage.held_sequences == {}
+    assert stage._load().queued == 0, "what waits for a token that was lost is not at work"
+    stage.upstream.say(SAMPLED, Header(generation=1, step=10))
+    stage._receive_steps(100.0)
+    assert stage.held_sequences == {7: [3], 8: [4]}
+    assert stage.worker.slot is not None
+    (batch, _) = (running.batch for running, _ in stage.worker.slot.executor._runnable)
+    assert batch.hidden.tolist() == [5]
+    assert stage.control.failures == []
+
+
+def test_tokens_of_another_generation_are_dropped(stage: Stage) -> None:
+    stage.take_slot(ASSIGN, 2)
+    stage.get_step(awaiting_step(10), 2, 11)
+    stage.upstream.say(SAMPLED, Header(generation=1, step=10))
+    stage._receive_steps(100.0)
+    assert stage.held_sequences == {}
+    assert stage._counters.dropped == 1
+
+
+def test_steps_that_wait_for_tokens_end_with_their_generation(stage: Stage) -> None:
+    stage.take_slot(ASSIGN, 1)
+    stage.get_step(awaiting_step(10), 1, 11)
+    stage._receive_steps(100.0)
+    stage.take_slot(ASSIGN, 2)
+    stage.upstream.say(SAMPLED, Header(generation=2, step=10))
+    stage._receive_steps(100.0)
+    assert stage.held_sequences == {}
+
+
+def test_a_step_whose_token_will_never_come_fails(stage: Stage) -> None:
+    stage.take_slot(ASSIGN, 1)
+    stage.get_step(awaiting_step(10), 1, 11)
+    stage.upstream.say(EMPTY_RESULT, Header(generation=1, step=10))
+    stage._receive_steps(100.0)
+    assert stage.control.failures == ["step 10 has sampled no token of sequence 7"]
+
+
+def test_a_step_without_its_tokens_does_not_begin_between_a_hello_and_the_assignment(stage: Stage) -> None:
+    stage.take_slot(ASSIGN, 1)
+    stage.get_step(awaiting_step(10), 1, 11)
+    stage._receive_steps(100.0)
+    stage.control.add_held(HELLO)
+    assert stage.worker.slot is not None
+    stage.worker.slot.early_steps.note_samples(10, SAMPLED)
+    stage._begin_steps()
+    assert stage.held_sequences == {}
+
+
+def test_the_last_stage_tells_the_first_what_it_has_sampled_as_soon_as_that_takes_it(stage: Stage) -> None:
+    stage.take_slot(LAST, 1)
+    assert stage.worker.slot is not None
+    place = stage.worker.slot.role.slot
+    first, router = stage.transport.sockets[f"samples of {place}"], stage.transport.sockets[f"after {place}"]
+    first.takes_messages = False
+    stage._send_on(SAMPLED, Header(generation=1, step=10), 101.0)
+    assert [header.step for _, header in router.take_sent()] == [10], "the router does not wait for that"
+    stage._send_on(SAMPLED, Header(generation=1, step=11), 101.0)
+    first.takes_messages = True
+    stage._send_unsent(100.0)
+    ((told, header),) = first.take_sent()
+    assert (header.step, header.generation) == (11, 1), "the newest"
+    assert told == SAMPLED
+    stage.take_slot(LAST, 2)
+    assert first.is_closed
+
+
+def test_a_lone_stage_goes_on_with_its_own_tokens(stage: Stage) -> None:
+    stage.take_slot(replace(ASSIGN, num_slots=1, stop_layer=4), 1)
+    stage.get_step(awaiting_step(10), 1, 11)
+    stage._receive_steps(100.0)
+    stage._send_on(SAMPLED, Header(generation=1, step=10), 101.0)
+    stage._receive_steps(100.0)
+    assert stage.held_sequences == {7: [3]}
 
 
 @pytest.mark.parametrize(("num_steps", "may_run_on"), [(1, True), (2, False)])

@@ -21,7 +21,7 @@ class Mesh(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mesh = FakeMesh(spares=1)
+        self.mesh = FakeMesh(spares=1, plans_ahead=True)
         self.requests: dict[str, Any] = {}
         self.cancelled: set[str] = set()
         self.starts = 0

@@ -148,6 +148,33 @@ def test_a_result_that_was_lost_on_its_way_is_made_again_long_before_the_steps_d
     assert mesh.errors("r") == []
 
 
+def test_a_step_that_waits_for_tokens_which_never_came_is_lost_and_done_again_without_blame() -> None:
+    """Nothing but these tokens goes from the last stage to the first, and a step that waits there is not at work."""
+    mesh = FakeMesh(plans_ahead=True)
+    mesh.start()
+    request = build_request("r", max_tokens=20)
+    mesh.loop.submit(request)
+    mesh.turn()
+    mesh.answer()
+    mesh.turn()
+    stages = mesh.client.pipelines[FIRST]
+    (_, now), (_, ahead) = stages.answers
+    assert ahead.step == now.step + 1
+    stages.answers.pop()
+    lost_s = mesh.now_s
+    mesh.answer()
+    mesh.turn()
+    assert len(mesh.tokens("r")) == 2
+    while len(mesh.tokens("r")) < 3:
+        mesh.beat()
+        mesh.turn(0.25)
+        mesh.answer()
+        assert mesh.now_s - lost_s < 4 < STEP_DEADLINE_S
+    mesh.settle(40)
+    assert mesh.tokens("r") == reference_tokens(request)
+    assert mesh.errors("r") == []
+
+
 def test_a_step_that_a_stage_says_it_has_is_waited_for(mesh: FakeMesh) -> None:
     generation = mesh.stages.pipelines[FIRST].generation
     mesh.loop.submit(build_request("r"))

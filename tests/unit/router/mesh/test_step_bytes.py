@@ -33,7 +33,7 @@ def answer(scheduler: Scheduler, plan: StepPlan) -> None:
 
 def sizes_after_the_first(changes: dict[str, object], num_steps: int = 20) -> list[int]:
     """Bytes of the steps in which 64 sequences decode, behind their first ones, and once more after a takeover."""
-    scheduler = Scheduler(SchedulerSettings(block_tokens=32, max_batch_tokens=1 << 16, prefill_chunk_tokens=1024))
+    scheduler = Scheduler(SchedulerSettings(32, max_batch_tokens=1 << 16, prefill_chunk_tokens=1024, plans_ahead=False))
     open_pipeline(scheduler, P0, Generation(1), 4096, 1, 0.0)
     for number in range(NUM_SEQUENCES):
         request = build_request(f"r{number}", 500, 200, seed=0)
@@ -66,7 +66,7 @@ def test_a_step_of_64_sequences_costs_24_bytes_more_a_row_for_any_number_of_bias
 
 
 def step_bytes_of_plain() -> int:
-    scheduler = Scheduler(SchedulerSettings(block_tokens=32, max_batch_tokens=1 << 16, prefill_chunk_tokens=1024))
+    scheduler = Scheduler(SchedulerSettings(32, max_batch_tokens=1 << 16, prefill_chunk_tokens=1024, plans_ahead=False))
     open_pipeline(scheduler, P0, Generation(1), 4096, 1, 0.0)
     for number in range(NUM_SEQUENCES):
         scheduler.add(build_request(f"r{number}", 500, 200, seed=0), 0.0)

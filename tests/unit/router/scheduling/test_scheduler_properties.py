@@ -32,6 +32,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         micro_batches=st.one_of(st.none(), st.integers(1, 3)),
         min_decode_share=st.integers(1, 9),
         max_held_releases=st.integers(0, 4),
+        plans_ahead=st.booleans(),
         policy=st.sampled_from(["least_in_flight", "weighted"]),
         num_blocks=st.integers(4, 14),
     )
@@ -44,6 +45,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         micro_batches: int | None,
         min_decode_share: int,
         max_held_releases: int,
+        plans_ahead: bool,
         policy: str,
         num_blocks: int,
     ) -> None:
@@ -56,6 +58,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             micro_batches_per_pipeline=micro_batches,
             min_decode_share=min_decode_share,
             max_held_releases=max_held_releases,
+            plans_ahead=plans_ahead,
             pipeline_policy=policy,
         )
         self.scheduler = Scheduler(self.settings)
@@ -166,7 +169,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def complete(self, data: st.DataObject) -> None:
         plan = data.draw(st.sampled_from(self.in_flight))
-        plan = (self.stages[plan.pipeline].before(plan) or [plan])[0]
+        plan = self.stages[plan.pipeline].due(plan, self.in_flight)
         self.in_flight.remove(plan)
         self.answer(plan)
 
@@ -208,6 +211,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Any stage is done with any step."""
         plan = data.draw(st.sampled_from(self.in_flight))
         self.stages[plan.pipeline].advance(plan)
+
+    @rule(pipeline=st.sampled_from(PIPELINES))
+    def tell_samples(self, pipeline: PipelineId) -> None:
+        """What a last stage has sampled reaches the first one, which may have a step that waits for it."""
+        if pipeline in self.stages:
+            self.stages[pipeline].tell_samples()
 
     @rule(pipeline=st.sampled_from(PIPELINES), stage=st.integers(0, 1))
     def mirror(self, pipeline: PipelineId, stage: int) -> None:

@@ -51,7 +51,7 @@ def test_restored_requests_are_refused_by_nothing_and_come_before_new_ones() -> 
 
 @pytest.mark.parametrize("outage", ["before the first run", "after it"])
 def test_restored_request_waits_for_a_mesh_that_starts_longer_than_an_outage_may_last(outage: str) -> None:
-    scheduler = Scheduler(SchedulerSettings(block_tokens=4, max_outage_s=10.0, max_queue_s=100.0))
+    scheduler = Scheduler(SchedulerSettings(block_tokens=4, plans_ahead=False, max_outage_s=10.0, max_queue_s=100.0))
     scheduler.add(build_request("a", 4, 10, seed=1).restored([1]), now_s=0.0)
     if outage == "after it":
         open_pipeline(scheduler, P0, Generation(1), 100, 1, now_s=0.0)
@@ -70,7 +70,7 @@ OLD = 949
 
 def adopting_scheduler(held_by: dict[int, int], kv_marks: tuple[int, int]) -> Scheduler:
     """A request of which stages hold 9 positions, and a pipeline that has opened with them."""
-    scheduler = Scheduler(SchedulerSettings(block_tokens=4), first_number=TERM)
+    scheduler = Scheduler(SchedulerSettings(block_tokens=4, plans_ahead=False), first_number=TERM)
     request = build_request("a", 6, 20, seed=ord("a"))
     scheduler.add(request.restored([1, 2, 3, 4], SequenceId(7)), 0.0)
     held = HeldCache({7: HeldSequence((1, 2, 3), 9)}, (), held_by)
@@ -111,7 +111,7 @@ def test_a_mirror_of_a_former_time_does_not_stand_for_what_was_adopted_when_it_t
 
 
 def test_a_request_waits_for_the_pipeline_that_has_its_cache_and_keeps_nobody_else_waiting() -> None:
-    scheduler = Scheduler(SchedulerSettings(block_tokens=4), first_number=TERM)
+    scheduler = Scheduler(SchedulerSettings(block_tokens=4, plans_ahead=False), first_number=TERM)
     for name, sequence_id in (("a", SequenceId(7)), ("b", SequenceId(8)), ("c", None)):
         scheduler.add(build_request(name, 6, 20, seed=ord(name)).restored([1, 2, 3, 4], sequence_id), 0.0)
     held = HeldCache({8: HeldSequence((1, 2, 3), 9)}, (), {0: OLD})

@@ -17,20 +17,22 @@ from tests.support.router.simulated_pipeline import SimulatedPipeline, build_req
 P0 = PipelineId(0)
 NUM_BLOCKS = 64
 MOVES = st.lists(
-    st.tuples(st.sampled_from("wwwwwwwaaaaffffjttr"), st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
+    st.tuples(st.sampled_from("wwwwwwwaaaassffffjttr"), st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
     min_size=20,
     max_size=120,
 )
 
 
 class Mesh:
-    """One pipeline of two slots, four requests in micro-batches of one, and mirrors of both slots."""
+    """One pipeline of two slots, four requests, and mirrors of both slots."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch_sequences: int) -> None:
+        """Requests go in micro-batches of so many: of one they overtake each other, of all they are planned ahead."""
         self.settings = SchedulerSettings(
             block_tokens=4,
             max_batch_tokens=8,
-            max_batch_sequences=1,
+            max_batch_sequences=batch_sequences,
+            min_decode_share=batch_sequences,
             prefill_chunk_tokens=6,
             micro_batches_per_pipeline=3,
         )
@@ -101,7 +103,9 @@ class Mesh:
         if kind == "w" and plan is not None:
             self.stages.advance(plan)
         elif kind == "a" and plan is not None:
-            self.answer((self.stages.before(plan) or [plan])[0])
+            self.answer(self.stages.due(plan, self.in_flight))
+        elif kind == "s":
+            self.stages.tell_samples()
         elif kind == "f":
             self.stages.fill_mirror(stage, 4 * count, count)
         elif kind == "j":
@@ -120,19 +124,19 @@ class Mesh:
             assert self.tokens[request.request_id] == reference_tokens(request)
 
 
-def run(moves: list[tuple[str, int, int, int]]) -> None:
-    mesh = Mesh()
+def run(moves: list[tuple[str, int, int, int]], batch_sequences: int = 1) -> None:
+    mesh = Mesh(batch_sequences)
     for move in moves:
         mesh.move(*move)
     mesh.finish()
 
 
 @settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
-@given(moves=MOVES)
+@given(moves=MOVES, batch_sequences=st.sampled_from([1, 2, 4]))
 def test_a_mirror_that_takes_over_while_steps_overtake_each_other_never_reads_cache_that_it_lacks(
-    moves: list[tuple[str, int, int, int]],
+    moves: list[tuple[str, int, int, int]], batch_sequences: int
 ) -> None:
-    run(moves)
+    run(moves, batch_sequences)
 
 
 class MarkOfTheNewest(StepWatermark):

@@ -66,7 +66,7 @@ def next_step(*requests: Request, tells: bool = True) -> Step:
             sampling=request.generation_request.sampling,
             choice=request.generation_request.choice,
             num_generated=len(request.generated_token_ids),
-            tells_adjustments=request.tells_adjustments() or tells,
+            tells_adjustments=request.tells_adjustments(len(request.generated_token_ids)) or tells,
             token_counts=request.token_counts(),
         )
         for number, request in enumerate(requests)
