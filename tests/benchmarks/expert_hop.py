@@ -127,7 +127,11 @@ class Rounds:
         self._call, self._bare, self._num_rounds = call, bare, num_rounds
         self._question = bytes(call.hidden.numel() * 2)
         self._running: Any = SimpleNamespace(
-            header=Header(1, 2, 0, 4, trace="0/4"), deadline_s=float("inf"), degraded_rows=set(), num_retried_calls=0
+            header=Header(1, 2, 0, 4, trace="0/4"),
+            deadline_s=float("inf"),
+            degraded_rows=set(),
+            is_mixed=False,
+            num_retried_calls=0,
         )
         self._began_s = 0.0
         self._round: list[float] = []
