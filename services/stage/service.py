@@ -261,7 +261,9 @@ class StageService(NodeLoop[MessageSocket]):
         while slot.takes_steps and (arrived := slot.early_steps.pop()) is not None:
             try:
                 step = slot.early_steps.with_tokens(arrived.step)
-                self._begin_step(slot, step, arrived.header, arrived.arrived_s)
+                # Its time runs from when it could begin, as the router counts it.
+                began_s = self._clock() if arrived.step.awaited_step else arrived.arrived_s
+                self._begin_step(slot, step, arrived.header, began_s)
             except Exception as error:
                 self._break_step(error, arrived.header)
 

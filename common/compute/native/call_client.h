@@ -19,7 +19,7 @@ struct StageLink {  // mirrored by LinkState in services/stage/experts/peers.py
     uint64_t seal;
     int64_t sent_bytes, dropped;  // dropped: what nobody waited for any more, or made no sense
 };
-struct RingPeer {  // one node; mirrored by _Peer in services/stage/experts/rings.py
+struct RingPeer {  // one node; mirrored by PeerEntry in services/stage/experts/peers.py
     uint8_t* memory;
     StageLink* link;  // null: the node has mapped the memory too
     int64_t bell;     // of a ring

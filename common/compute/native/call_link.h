@@ -17,6 +17,7 @@
 
 #pragma once
 
+#include <errno.h>
 #include <stddef.h>
 
 #include <utility>
@@ -71,14 +72,25 @@ class Frame {
         return false;
     }
     // Returns whether one has come.
-    bool receive(void* socket) { return zmq_->msg_recv(&message_, socket, DO_NOT_WAIT) >= 0; }
+    bool receive(void* socket) {
+        return uninterrupted([&] { return zmq_->msg_recv(&message_, socket, DO_NOT_WAIT); });
+    }
     // Returns whether it is on its way; it is empty then.
-    bool send(void* socket, int flags = 0) { return zmq_->msg_send(&message_, socket, DO_NOT_WAIT | flags) >= 0; }
+    bool send(void* socket, int flags = 0) {
+        return uninterrupted([&] { return zmq_->msg_send(&message_, socket, DO_NOT_WAIT | flags); });
+    }
     uint8_t* data() { return (uint8_t*)zmq_->msg_data(&message_); }
     int64_t size() const { return (int64_t)zmq_->msg_size(&message_); }
     bool has_more() const { return zmq_->msg_more(&message_) != 0; }
 
   private:
+    // A signal must not part the frames of one message.
+    template <class Call> static bool uninterrupted(const Call& call) {
+        int result;
+        do result = call();
+        while (result < 0 && errno == EINTR);
+        return result >= 0;
+    }
     void take(Frame& other) {
         zmq_ = other.zmq_;
         if (!zmq_) return;

@@ -102,18 +102,20 @@ class CallServer {
         while (!stop_) {
             while (waiting_) std::this_thread::yield();
             bool has_worked;
+            NodeLinks links;
             {
                 std::lock_guard<std::mutex> lock(guard_);
                 has_worked = answer_next_layer();
+                links = links_;  // they may be opened while it waits
             }
-            if (!has_worked) await_call();
+            if (!has_worked) await_call(links);
         }
     }
 
-    void await_call() {
-        if (!links_.socket) return await_bell(bell_, LONGEST_WAIT_NS);
-        ZmqPollItem items[] = {{links_.socket, 0, CAN_RECEIVE, 0}, {nullptr, (int)bell_, CAN_RECEIVE, 0}};
-        links_.zmq->poll(items, 2, LONGEST_WAIT_NS / 1'000'000);
+    void await_call(const NodeLinks& links) {
+        if (!links.socket) return await_bell(bell_, LONGEST_WAIT_NS);
+        ZmqPollItem items[] = {{links.socket, 0, CAN_RECEIVE, 0}, {nullptr, (int)bell_, CAN_RECEIVE, 0}};
+        links.zmq->poll(items, 2, LONGEST_WAIT_NS / 1'000'000);
         if (items[1].happened) await_bell(bell_, 0);
     }
 

@@ -376,10 +376,11 @@ class PipelineSchedule:
         self.prefixes.note_computed(request, chunk, step, computed_by)
 
     def _note_given_up(self, steps: Iterable[StepInFlight], now_s: float) -> None:
-        """Plans nothing ahead for a while where a step had waited for tokens that were long there: the link from the
-        last stage to the first may be cut, over which nothing else goes."""
-        waited = [step for step in steps if step.plan.awaited_step and step.plan.awaited_step not in self.in_flight]
-        if self.num_slots > 1 and any(now_s - step.planned_s > UNANSWERED_S for step in waited):
+        """Plans nothing ahead for a while where a step had waited for tokens that were long there, or others had waited
+        behind it: the link from the last stage to the first may be cut, over which nothing else goes."""
+        given_up = list(steps)
+        waited = any(step.plan.awaited_step and step.plan.awaited_step not in self.in_flight for step in given_up)
+        if self.num_slots > 1 and waited and any(now_s - step.planned_s > UNANSWERED_S for step in given_up):
             self._plans_ahead_from_s = now_s + UNPLANNED_AHEAD_S
 
     def _set_down(self, request: Request, step: StepId) -> None:

@@ -6,6 +6,7 @@ The memory outlives generations, and also the slot: `StageReady.kv_mark` tells t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 
 import structlog
@@ -297,11 +298,15 @@ class StageWorker:
         executor = self._executor(loaded.model, held.memory)
         executor.self_test()
         endpoint = choose_endpoint(message.downstream, message.downstream_ipc_token, self._ipc_token)
-        downstream = self._transport.push(f"after {role.slot}", endpoint)
-        self.slot = Slot(role, header.router_term, executor, held, downstream, self._sampling_kernels)
-        if message.first_stage:
-            endpoint = choose_endpoint(message.first_stage, message.first_stage_ipc_token, self._ipc_token)
-            self.slot.first_stage = self._transport.push(f"samples of {role.slot}", endpoint)
+        with ExitStack() as unused:
+            downstream = self._transport.push(f"after {role.slot}", endpoint)
+            unused.callback(downstream.close)
+            slot = Slot(role, header.router_term, executor, held, downstream, self._sampling_kernels)
+            if message.first_stage:
+                endpoint = choose_endpoint(message.first_stage, message.first_stage_ipc_token, self._ipc_token)
+                slot.first_stage = self._transport.push(f"samples of {role.slot}", endpoint)
+            unused.pop_all()
+        self.slot = slot  # whole, or refused
         self._log.info(
             "slot_taken",
             pipeline=message.pipeline,

@@ -1,3 +1,4 @@
+import mmap
 import sys
 
 import pytest
@@ -60,3 +61,11 @@ def test_the_memory_of_zeros_is_there_at_once() -> None:
 def test_a_tensor_that_fits_nowhere_is_refused_as_by_torch() -> None:
     with pytest.raises(RuntimeError, match="memory"):
         empty_in_huge_pages((2**60,), torch.uint8)
+
+
+def test_a_process_that_may_have_no_more_mappings_does_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert zeros_in_huge_pages((4, HUGE_PAGE_BYTES), torch.uint8).shape == (4, HUGE_PAGE_BYTES)

@@ -240,6 +240,21 @@ def test_where_a_step_waited_in_vain_nothing_is_planned_ahead_for_a_while() -> N
     assert len(scheduler.schedule(5.0 + UNPLANNED_AHEAD_S)) == 2
 
 
+def test_it_waited_in_vain_also_where_one_behind_it_is_overdue_first() -> None:
+    scheduler = decoding("a", num_slots=2, min_decode_share=8)
+    now, ahead = scheduler.schedule(0.0)
+    add(scheduler, "b")
+    behind = only_plan(scheduler, 0.0)
+    assert ahead.awaited_step == now.step
+    complete(scheduler, now, now_s=4.5)
+    assert behind.awaited_step == 0
+    scheduler.suspend_pipeline(P0, 5.0)
+    open_pipeline(scheduler, P0, Generation(2), 100, 2, 5.0, kv_marks=(now.step, now.step))
+    for plan in scheduler.schedule(5.0):
+        complete(scheduler, plan, now_s=5.0)
+    assert names_in(only_plan(scheduler, 5.0)) == ["a", "b"]
+
+
 def test_a_step_ahead_is_timed_from_when_its_tokens_were_there() -> None:
     scheduler = decoding("a")
     now, ahead = scheduler.schedule(0.0)

@@ -12,7 +12,7 @@ import structlog
 import torch
 
 from common.checkpoint.model_config import read_model_config
-from common.errors import CapacityError, DeadlineError, DeviceError, MoemeshError, ProtocolError
+from common.errors import CapacityError, DeadlineError, DeviceError, MoemeshError, ProtocolError, SocketError
 from common.messages import AssignMirror, AssignStage, Header, MirrorReady, StageReady
 from common.node.loader_thread import STUCK_S, LoaderThread
 from services.stage.model.kv_cache import PagedMemory, allocate_paged_memory
@@ -97,6 +97,24 @@ def test_a_slot_is_taken_once_its_layers_are_loaded(worker: Worker) -> None:
     assert worker.slot.role.is_first
     assert worker.downstream.endpoints == ("tcp://next:1",)
     assert worker.poll() is None
+
+
+def test_a_slot_that_cannot_reach_the_first_stage_is_refused_whole(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[MemorySocket] = []
+
+    def push(name: str, endpoint: str, *, is_watched: bool = False) -> MemorySocket:
+        if name.startswith("samples"):
+            raise SocketError("no such endpoint")
+        pushed.append(MemoryTransport.push(worker.transport, name, endpoint, is_watched=is_watched))
+        return pushed[-1]
+
+    monkeypatch.setattr(worker.transport, "push", push)
+    worker.take(replace(ASSIGN, first_stage=("tcp://first:1",)))
+    assert isinstance(worker.finish(), RoleRefused)
+    assert worker.slot is None
+    assert [socket.is_closed for socket in pushed] == [True]
 
 
 def test_a_new_generation_keeps_weights_and_memory_and_says_how_far_it_is_filled(
