@@ -251,9 +251,9 @@ class StageService(NodeLoop[MessageSocket]):
                     slot.early_steps.add(message, header, now_s)
             except Exception as error:
                 self._break_step(error, header)
-        self._begin_steps()
+        self._begin_steps(now_s)
 
-    def _begin_steps(self) -> None:
+    def _begin_steps(self, now_s: float) -> None:
         """Begins the steps that have come, in their order, up to one whose tokens are not known yet."""
         slot = self._worker.slot
         if slot is None or self._worker.waits_for_quiet:
@@ -262,7 +262,7 @@ class StageService(NodeLoop[MessageSocket]):
             try:
                 step = slot.early_steps.with_tokens(arrived.step)
                 # Its time runs from when it could begin, as the router counts it.
-                began_s = self._clock() if arrived.step.awaited_step else arrived.arrived_s
+                began_s = now_s if arrived.step.awaited_step else arrived.arrived_s
                 self._begin_step(slot, step, arrived.header, began_s)
             except Exception as error:
                 self._break_step(error, arrived.header)

@@ -251,6 +251,17 @@ def test_a_step_begins_once_the_last_stage_has_told_its_tokens_and_not_before_th
     assert stage.control.failures == []
 
 
+def test_the_time_of_a_step_runs_from_when_it_has_its_tokens(stage: Stage) -> None:
+    stage.take_slot(ASSIGN, 1)
+    stage.get_step(awaiting_step(10), 1, 11)
+    stage._receive_steps(100.0)
+    stage.upstream.say(SAMPLED, Header(generation=1, step=10))
+    stage._receive_steps(150.0)
+    assert stage.worker.slot is not None
+    ((running, _),) = stage.worker.slot.executor._runnable
+    assert running.deadline_s == 150.0 + running.header.time_left_ms / 1000
+
+
 def test_tokens_of_another_generation_are_dropped(stage: Stage) -> None:
     stage.take_slot(ASSIGN, 2)
     stage.get_step(awaiting_step(10), 2, 11)
@@ -285,7 +296,7 @@ def test_a_step_without_its_tokens_does_not_begin_between_a_hello_and_the_assign
     stage.control.add_held(HELLO)
     assert stage.worker.slot is not None
     stage.worker.slot.early_steps.note_samples(10, SAMPLED)
-    stage._begin_steps()
+    stage._begin_steps(100.0)
     assert stage.held_sequences == {}
 
 
