@@ -185,9 +185,10 @@ class PrefixSharing:
             return False
         return other.block_key(index, 0) == request.block_key(index, 0)
 
-    def resume(self, running: Iterable[Request], kv_marks: Sequence[int]) -> None:
+    def resume(self, running: Sequence[Request], kv_marks: Sequence[int]) -> None:
         """Forgets which class answers, and what a holder lacks, by its mark. `running` know by now what is to be
-        replayed: what of that is whole again is entered again."""
+        replayed: nothing of that is cached, and all of its holders replay it, until it is whole again. Then it is
+        entered again."""
         self._numeric_class = 0  # who computes now may be another
         self._allocator.forget(self._cache.behind(kv_marks))
         self._lacking = set()
@@ -195,6 +196,21 @@ class PrefixSharing:
             request.num_entered_blocks = 0
             if request.is_replaying:
                 self._lacking.update(self._blocks(request, request.replay_position, request.replay_stop))
+        while any([self._joins_replay(request) for request in running]):
+            pass  # what one lacks more may be held by those before it
+        self._allocator.forget(self._lacking)
+
+    def _joins_replay(self, request: Request) -> bool:
+        """Lets a request replay from the first block on that another one has to rebuild: if that one goes without an
+        expert, or ends before it is done, this one knows. Returns whether it replays more now."""
+        start = request.replay_position if request.is_replaying else request.num_computed_tokens
+        before = request.block_table[: start // self._block_tokens]
+        first = next((index for index, block_id in enumerate(before) if block_id in self._lacking), None)
+        if first is None:
+            return False
+        request.replay_from(first * self._block_tokens)
+        self._lacking.update(self._blocks(request, request.replay_position, request.replay_stop))
+        return True
 
     def skip_replayed(self, request: Request, last_step: int) -> None:
         """Lets a replay go on behind blocks that another one has rebuilt. `last_step`: the newest that was answered."""

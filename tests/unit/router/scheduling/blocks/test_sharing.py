@@ -195,6 +195,39 @@ def test_a_block_that_two_hold_is_replayed_once_and_found_again() -> None:
     assert (8, 1) in [(c.start_position, len(c.token_ids)) for plan, _ in go_on(scheduler) for c in plan.chunks]
 
 
+@pytest.mark.parametrize("end", ["answered", "cancelled", "failed"])
+def test_what_one_replays_is_found_by_nobody_and_replayed_by_all_who_hold_it_if_that_one_ends(end: str) -> None:
+    """Step 1 has computed what `a` and `b` share, and the mark is 5; but `a` does not remember how far it was then."""
+    scheduler = caching(num_slots=2)
+    scheduler.add(alike("a", max_tokens=90), 0.0)
+    for _ in range(75):
+        go_on(scheduler)
+    scheduler.add(alike("b", max_tokens=90), 0.0)
+    go_on(scheduler)
+    first, second = scheduler._schedules.all[P0].running
+    assert (first.covered_by(5), second.covered_by(5)) == (0, 8)
+    lose(scheduler, (999, 5))
+    assert not scheduler.snapshot().num_cached_blocks
+    answer_canary(scheduler, CLASS)
+    replay = scheduler.schedule(0.0)[0]
+    assert first.sequence_id is not None
+    assert [(chunk.sequence_id, chunk.start_position) for chunk in replay.chunks] == [(first.sequence_id, 0)]
+    if end == "failed":
+        scheduler.fail_step(replay.step, ExecutionError("simulated"), 0.0)
+    if end != "answered":
+        scheduler.cancel(first.request_id)
+    scheduler.complete(replay.step, {}, 0.0, computed_by=ComputedBy(7, frozenset([first.sequence_id])))
+    scheduler.check_invariants()
+    scheduler.add(alike("c", max_tokens=1), 0.0)
+    plans = scheduler.schedule(0.0)
+    third = scheduler._schedules.all[P0].running[-1]
+    assert third.request_id == "c"
+    assert not third.num_found_tokens
+    again = [chunk for plan in plans if plan.computing_slots for chunk in plan.chunks]
+    start = 8 if end == "answered" else 0
+    assert [(chunk.sequence_id, chunk.start_position) for chunk in again] == [(second.sequence_id, start)]
+
+
 def test_a_preempted_request_finds_its_own_blocks_again() -> None:
     scheduler = caching(num_blocks=100)
     scheduler.add(alike("a", max_tokens=9), 0.0)
