@@ -97,6 +97,10 @@ class Request:
     """Blocks at its beginning that were entered into the table of cached ones, or were there."""
     num_found_tokens: int = 0
     """Prompt tokens that were found in the cache, and that it had not computed before."""
+    is_unconfirmed: bool = False
+    """Its cache ends with blocks that were found, and no step behind them was answered."""
+    was_misled: bool = False
+    """What it had found was of another class than what was computed behind it: it finds nothing more."""
 
     def __post_init__(self) -> None:
         self._keys = KeyChain(self.generation_request.cache_salt, self.block_tokens)
@@ -137,8 +141,10 @@ class Request:
     @property
     def may_run_ahead(self) -> bool:
         """Says whether a further chunk of its prefill may follow those in flight: all that it needs of them is that
-        they are computed before it, layer by layer. One that has broken a step goes one at a time."""
-        return bool(self.steps) and self.num_unplanned_tokens > 0 and not self.num_failed_steps
+        they are computed before it, layer by layer. One that has broken a step goes one at a time, and one that is to
+        start over not on."""
+        has_trouble = self.num_failed_steps or self.is_misled
+        return bool(self.steps) and self.num_unplanned_tokens > 0 and not has_trouble
 
     @property
     def ends_in_flight(self) -> bool:
@@ -149,7 +155,7 @@ class Request:
     def may_go_on_unseen(self) -> bool:
         """Says whether its next decode step may be planned now, also where the token that this goes on with is not
         known: nothing else that the step says depends on that token. One that has broken a step is looked at first."""
-        if self.num_failed_steps or len(self.steps) > 1:
+        if self.num_failed_steps or self.is_misled or len(self.steps) > 1:
             return False
         sampling, num_generated = self.generation_request.sampling, len(self.generated_token_ids) + len(self.steps)
         is_told = not sampling.adjusts(num_generated) or self._told_early == sampling.is_early(num_generated)
@@ -183,6 +189,7 @@ class Request:
         if self.steps:  # it waits for the next one already
             self.pace.planned(now_s)
         self.max_computed_tokens = max(self.max_computed_tokens, self.num_computed_tokens)
+        self.is_unconfirmed = False
         self._note_history(step)
 
     def take_blocks(self, block_ids: Sequence[int], steps: Sequence[int]) -> None:
@@ -196,6 +203,7 @@ class Request:
         stop = min(self.num_computed_tokens, len(self.generation_request.prompt_token_ids))
         self.num_found_tokens += max(0, stop - max(start, self.max_computed_tokens))
         self.max_computed_tokens = max(self.max_computed_tokens, self.num_computed_tokens)
+        self.is_unconfirmed = True
         self.tell_anew()
 
     def _note_history(self, step: int) -> None:
@@ -217,6 +225,15 @@ class Request:
         self.replay_position = position
         if not self.is_replaying:
             self.kv_history = [(step, self.num_computed_tokens)]
+
+    @property
+    def is_misled(self) -> bool:
+        """Says whether it is to start over once its steps in flight are back, since it holds what has misled it."""
+        return self.was_misled and self.is_unconfirmed
+
+    def distrust_found(self) -> None:
+        """Lets it find nothing more, as if it had not found what it has: it is to be computed from the beginning."""
+        self.was_misled, self.num_found_tokens = True, 0
 
     def replay_from(self, position: int) -> None:
         """Lets positions from here on be rebuilt on some slots; the stages are told its whole table again."""
@@ -282,7 +299,7 @@ class Request:
 
     def _forget_cache(self) -> None:
         self.num_computed_tokens = self.replay_position = self.replay_stop = self.num_entered_blocks = 0
-        self.numeric_class = None
+        self.numeric_class, self.is_unconfirmed = None, False
         self.kv_history.clear()
         self.tell_anew()
 

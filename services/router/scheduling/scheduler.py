@@ -191,8 +191,12 @@ class Scheduler:
             return []
         outputs: list[TokenOutput] = []
         schedule, is_replay = self._schedules.all[in_flight.plan.pipeline], bool(in_flight.plan.computing_slots)
+        schedule.prefixes.note_answered(computed_by)
         for chunk, request in zip(in_flight.plan.chunks, in_flight.requests, strict=True):
             if request.state is not RequestState.RUNNING or self._blame.has(request):
+                continue
+            if not is_replay and schedule.prefixes.is_misled(request, computed_by):
+                self._start_misled_over(request, now_s)
                 continue
             if chunk.start_position > request.num_computed_tokens and not in_flight.plan.computing_slots:
                 continue  # planned ahead, and the step before brought no token of it: that is done again
@@ -210,6 +214,14 @@ class Scheduler:
                     outputs.append(self._accept_token(request, sampled[chunk.sequence_id], now_s))
         self._end_broken(now_s)
         return outputs
+
+    def _start_misled_over(self, request: Request, now_s: float) -> None:
+        """Computes it from the beginning, without what it has found, once the last of its steps is back."""
+        with self._blame.handling(request):
+            request.distrust_found()
+            if not request.steps:
+                self._withdraw(request)
+                self._waiting.requeue(request, now_s)
 
     def _accept_token(self, request: Request, sampled: Token, now_s: float) -> TokenOutput:
         output = TokenOutput(request.request_id, request.accept_token(sampled))

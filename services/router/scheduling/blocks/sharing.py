@@ -26,7 +26,7 @@ class PrefixSharing:
         self._block_tokens = block_tokens
         self._is_on = is_on
         self._numeric_class = 0
-        """By which the newest step was computed that was not of several; 0: none was yet."""
+        """By which the newest step was computed that was not of several; 0: none was yet, in this generation."""
         self._lacking: set[int] = set()
         """Blocks that a replay has to rebuild, and has not rebuilt yet."""
 
@@ -76,6 +76,8 @@ class PrefixSharing:
         """Returns whether nothing of it is under way, its own blocks are all whole, and of the class of now."""
         if not self._takes_part(request) or not self._numeric_class or request.steps or request.is_replaying:
             return False
+        if request.was_misled:
+            return False
         return request.num_computed_tokens == len(request.block_table) * self._block_tokens
 
     def _takes_part(self, request: Request) -> bool:
@@ -123,13 +125,24 @@ class PrefixSharing:
 
     # Entering
 
+    def note_answered(self, computed_by: ComputedBy) -> None:
+        """Notes by whom a step was computed that was answered, whatever it carried: what is found now is of that
+        class."""
+        self._numeric_class = computed_by.numeric_class or self._numeric_class
+
+    def is_misled(self, request: Request, computed_by: ComputedBy) -> bool:
+        """Returns whether another class answers the first step behind blocks that a request has found, and no token of
+        it is known yet: had it found nothing, all of it were of that class. So are its steps behind that one."""
+        if not request.is_unconfirmed or request.generated_token_ids:
+            return False
+        return request.was_misled or computed_by.numeric_class not in (0, request.numeric_class)
+
     def note_computed(self, request: Request, chunk: ScheduledChunk, step: int, computed_by: ComputedBy) -> None:
         """Notes that a chunk of a request, which counts it already, was computed or replayed by a step that was
         answered."""
         if not self._is_on:
             return
         numeric_class = computed_by.numeric_class
-        self._numeric_class = numeric_class or self._numeric_class
         if request.numeric_class is None:
             request.numeric_class = numeric_class
         if not request.generation_request.uses_cache or not request.numeric_class:
@@ -172,15 +185,32 @@ class PrefixSharing:
             return False
         return other.block_key(index, 0) == request.block_key(index, 0)
 
-    def resume(self, running: Iterable[Request], kv_marks: Sequence[int]) -> None:
-        """Forgets what a holder lacks, by its mark. `running` know by now what is to be replayed: what of that is
-        whole again is entered again."""
+    def resume(self, running: Sequence[Request], kv_marks: Sequence[int]) -> None:
+        """Forgets which class answers, and what a holder lacks, by its mark. `running` know by now what is to be
+        replayed: nothing of that is cached, and all of its holders replay it, until it is whole again. Then it is
+        entered again."""
+        self._numeric_class = 0  # who computes now may be another
         self._allocator.forget(self._cache.behind(kv_marks))
         self._lacking = set()
         for request in running:
             request.num_entered_blocks = 0
             if request.is_replaying:
                 self._lacking.update(self._blocks(request, request.replay_position, request.replay_stop))
+        while any([self._joins_replay(request) for request in running]):
+            pass  # what one lacks more may be held by those before it
+        self._allocator.forget(self._lacking)
+
+    def _joins_replay(self, request: Request) -> bool:
+        """Lets a request replay from the first block on that another one has to rebuild: if that one goes without an
+        expert, or ends before it is done, this one knows. Returns whether it replays more now."""
+        start = request.replay_position if request.is_replaying else request.num_computed_tokens
+        before = request.block_table[: start // self._block_tokens]
+        first = next((index for index, block_id in enumerate(before) if block_id in self._lacking), None)
+        if first is None:
+            return False
+        request.replay_from(first * self._block_tokens)
+        self._lacking.update(self._blocks(request, request.replay_position, request.replay_stop))
+        return True
 
     def skip_replayed(self, request: Request, last_step: int) -> None:
         """Lets a replay go on behind blocks that another one has rebuilt. `last_step`: the newest that was answered."""

@@ -97,6 +97,52 @@ def test_what_another_class_has_computed_is_not_found_and_comes_back_with_it() -
     assert run(scheduler, alike("c"))[0][0] == (8, 1)
 
 
+def answer_canary(scheduler: Scheduler, computed_by: ComputedBy, now_s: float = 1000.0) -> None:
+    (canary,) = scheduler.plan_canaries(now_s)
+    scheduler.complete(canary.step, {}, now_s, computed_by=computed_by)
+
+
+def test_a_canary_too_says_of_which_class_what_is_found_must_be() -> None:
+    scheduler = caching()
+    run(scheduler, alike("a"))
+    answer_canary(scheduler, ComputedBy(8))
+    assert run(scheduler, alike("b"))[0][0] == (0, 9)
+
+
+def test_after_a_reopening_nothing_is_found_until_an_answer_says_which_class_it_is() -> None:
+    scheduler = caching(num_slots=2)
+    run(scheduler, alike("a", max_tokens=1))
+    lose(scheduler, (9, 9))
+    answer_canary(scheduler, ComputedBy(0))
+    assert run(scheduler, alike("b", max_tokens=1))[0] == [(0, 9)]
+    assert run(scheduler, alike("c", max_tokens=1))[0] == [(8, 1)]
+
+
+@pytest.mark.parametrize("length", [9, 17])
+def test_who_has_found_what_another_class_has_computed_starts_over_before_its_first_token(length: int) -> None:
+    """Of 17 tokens it has two chunks in flight, of 9 a step that is planned ahead."""
+    scheduler = caching(num_slots=2, prefill_chunk_tokens=4, plans_ahead=True)
+    run(scheduler, alike("a", max_tokens=1))
+    scheduler.add(alike("b", length), 0.0)
+    plans = scheduler.schedule(0.0)
+    assert [plan.chunks[0].start_position for plan in plans[:2]] == ([8, 9] if length == 9 else [8, 12])
+    for plan in plans:
+        assert not scheduler.schedule(0.0), "it goes on no further"
+        sampled = {chunk.sequence_id: Token(50) for chunk in plan.chunks if chunk.samples}
+        assert not scheduler.complete(plan.step, sampled, 0.0, computed_by=ComputedBy(8))
+        scheduler.check_invariants()
+    chunks, found = finish(scheduler, CLASS)
+    assert chunks[:3] == [(0, 4), (4, 4), (8, min(length - 8, 4))], "what it found anew might mislead it, too"
+    assert found == 0
+
+
+def test_steps_of_mixed_classes_and_tokens_that_are_out_let_nobody_start_over() -> None:
+    scheduler = caching()
+    run(scheduler, alike("a"))
+    scheduler.add(alike("b", max_tokens=2), 0.0)
+    assert [len(tokens) for by in (0, 8) for _, tokens in go_on(scheduler, ComputedBy(by))] == [1, 1]
+
+
 def test_requests_that_come_together_compute_a_block_once_the_oldest_first() -> None:
     scheduler = caching(prefill_chunk_tokens=4, max_batch_tokens=16)
     chunks, found = run(scheduler, alike("a", max_tokens=1), alike("b", max_tokens=1), alike("c", 12, max_tokens=1))
@@ -127,6 +173,7 @@ def test_a_new_holder_makes_the_table_empty_and_a_mirror_keeps_what_its_mark_say
         scheduler = caching(num_slots=2)
         run(scheduler, alike("a", max_tokens=1))
         lose(scheduler, marks)
+        answer_canary(scheduler, CLASS)
         assert run(scheduler, alike("b", max_tokens=1))[0] == [(start, 9 - start)]
 
 
@@ -146,6 +193,39 @@ def test_a_block_that_two_hold_is_replayed_once_and_found_again() -> None:
     assert [(sequence, start) for sequence, start, _ in replays] == [(1, 0), (2, 8)]
     scheduler.add(alike("c", max_tokens=1), 0.0)
     assert (8, 1) in [(c.start_position, len(c.token_ids)) for plan, _ in go_on(scheduler) for c in plan.chunks]
+
+
+@pytest.mark.parametrize("end", ["answered", "cancelled", "failed"])
+def test_what_one_replays_is_found_by_nobody_and_replayed_by_all_who_hold_it_if_that_one_ends(end: str) -> None:
+    """Step 1 has computed what `a` and `b` share, and the mark is 5; but `a` does not remember how far it was then."""
+    scheduler = caching(num_slots=2)
+    scheduler.add(alike("a", max_tokens=90), 0.0)
+    for _ in range(75):
+        go_on(scheduler)
+    scheduler.add(alike("b", max_tokens=90), 0.0)
+    go_on(scheduler)
+    first, second = scheduler._schedules.all[P0].running
+    assert (first.covered_by(5), second.covered_by(5)) == (0, 8)
+    lose(scheduler, (999, 5))
+    assert not scheduler.snapshot().num_cached_blocks
+    answer_canary(scheduler, CLASS)
+    replay = scheduler.schedule(0.0)[0]
+    assert first.sequence_id is not None
+    assert [(chunk.sequence_id, chunk.start_position) for chunk in replay.chunks] == [(first.sequence_id, 0)]
+    if end == "failed":
+        scheduler.fail_step(replay.step, ExecutionError("simulated"), 0.0)
+    if end != "answered":
+        scheduler.cancel(first.request_id)
+    scheduler.complete(replay.step, {}, 0.0, computed_by=ComputedBy(7, frozenset([first.sequence_id])))
+    scheduler.check_invariants()
+    scheduler.add(alike("c", max_tokens=1), 0.0)
+    plans = scheduler.schedule(0.0)
+    third = scheduler._schedules.all[P0].running[-1]
+    assert third.request_id == "c"
+    assert not third.num_found_tokens
+    again = [chunk for plan in plans if plan.computing_slots for chunk in plan.chunks]
+    start = 8 if end == "answered" else 0
+    assert [(chunk.sequence_id, chunk.start_position) for chunk in again] == [(second.sequence_id, start)]
 
 
 def test_a_preempted_request_finds_its_own_blocks_again() -> None:

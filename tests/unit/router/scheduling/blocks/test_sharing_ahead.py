@@ -200,6 +200,8 @@ def test_a_mirror_that_takes_over_keeps_the_blocks_of_steps_up_to_its_mark(mark:
     scheduler.suspend_pipeline(P0, 0.0)
     open_pipeline(scheduler, P0, Generation(2), 100, 2, 0.0, kv_marks=(9, mark))
     scheduler.check_invariants()
+    (canary,) = scheduler.plan_canaries(0.0)
+    answer(scheduler, canary)  # by the class that it was
     assert starts(scheduler, ask("b", *range(6), 50, 50, 1)) == start
 
 
