@@ -12,16 +12,17 @@ from collections.abc import Iterable, Sequence
 
 from services.router.scheduling.blocks.block_allocator import BlockAllocator
 from services.router.scheduling.blocks.key_chain import BlockKey
-from services.router.scheduling.request import Request
+from services.router.scheduling.request import Blame, Request
 from services.router.scheduling.step_plan import ComputedBy, ScheduledChunk
 
 
 class PrefixSharing:
     """See the module."""
 
-    def __init__(self, allocator: BlockAllocator, block_tokens: int, *, is_on: bool) -> None:
+    def __init__(self, allocator: BlockAllocator, block_tokens: int, blame: Blame, *, is_on: bool) -> None:
         """Not `is_on`: nothing is entered, so nothing is found, and nobody waits."""
         self._allocator = allocator
+        self._blame = blame
         self._cache = allocator.cache
         self._block_tokens = block_tokens
         self._is_on = is_on
@@ -98,14 +99,15 @@ class PrefixSharing:
         """By the key of their first block."""
         left: list[Request] = []
         for request in prefilling:
-            if not self._takes_part(request) or request.num_tokens < self._block_tokens:
-                left.append(request)
-                continue
-            alike = leaders.setdefault(request.block_key(0, self._numeric_class), [])
-            if not self._is_follower(request, alike):
-                left.append(request)
-            if not request.num_failed_steps:  # nobody waits for one that breaks its steps
-                alike.append(request)
+            with self._blame.handling(request):
+                if not self._takes_part(request) or request.num_tokens < self._block_tokens:
+                    left.append(request)
+                    continue
+                alike = leaders.setdefault(request.block_key(0, self._numeric_class), [])
+                if not self._is_follower(request, alike):
+                    left.append(request)
+                if not request.num_failed_steps:  # nobody waits for one that breaks its steps
+                    alike.append(request)
         return left
 
     def _is_follower(self, request: Request, older: Iterable[Request]) -> bool:
@@ -116,10 +118,12 @@ class PrefixSharing:
             return False
         own = request.block_key(index, self._numeric_class)
         stop = (index + 1) * self._block_tokens
-        return any(
-            other.num_computed_tokens < stop <= other.num_tokens and other.block_key(index, self._numeric_class) == own
-            for other in older
-        )
+        for other in older:
+            if other.num_computed_tokens < stop <= other.num_tokens:
+                with self._blame.handling(other):
+                    if other.block_key(index, self._numeric_class) == own:
+                        return True
+        return False
 
     # Entering
 
