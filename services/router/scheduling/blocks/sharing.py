@@ -165,7 +165,8 @@ class PrefixSharing:
             if not any(self._is_alike(request, other, index, block_id, num_computed) for other in others):
                 return False
             shared.append(block_id)
-        if not self._allocator.claim(block_id for block_id in block_ids if block_id not in set(shared)):
+        of_others = set(shared)
+        if not self._allocator.claim(block_id for block_id in block_ids if block_id not in of_others):
             return False
         self._allocator.share(shared)
         return True

@@ -10,6 +10,9 @@ import pytest
 from common.errors import ExecutionError
 from common.ids import Generation, SequenceId
 from services.router.engine import GenerationRequest, Token
+from services.router.scheduling.blocks.block_allocator import BlockAllocator
+from services.router.scheduling.blocks.sharing import PrefixSharing
+from services.router.scheduling.request import Blame, Request
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.step_plan import ComputedBy, StepPlan
 from tests.support.router.scheduling import P0, P1, make_scheduler, open_pipeline
@@ -157,6 +160,26 @@ def test_a_preempted_request_finds_its_own_blocks_again() -> None:
     ((plan, _),) = go_on(scheduler)
     assert [(chunk.start_position, len(chunk.token_ids)) for chunk in plan.chunks] == [(8, 2)]
     assert request.num_found_tokens == 0, "it had computed them itself"
+
+
+class LookedUp(int):
+    """A block id that counts how often a set or a table looks one up."""
+
+    count = 0
+
+    def __hash__(self) -> int:
+        LookedUp.count += 1
+        return super().__hash__()
+
+
+def test_a_claim_of_shared_blocks_looks_at_each_of_them_a_few_times() -> None:
+    num_blocks = 100
+    allocator = BlockAllocator(num_blocks)
+    first, second = (Request(alike(name, 401), place, 0.0, block_tokens=4) for place, name in enumerate("ab"))
+    first.block_table, first.num_computed_tokens = list(allocator.allocate(num_blocks) or ()), 400
+    block_ids = [LookedUp(block_id) for block_id in range(num_blocks)]
+    assert PrefixSharing(allocator, 4, Blame(), is_on=True).claim(second, block_ids, 400, [first])
+    assert LookedUp.count <= 4 * num_blocks
 
 
 def test_the_pipeline_with_the_prefix_is_chosen_unless_it_is_much_busier() -> None:
