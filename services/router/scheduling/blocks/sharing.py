@@ -92,7 +92,7 @@ class PrefixSharing:
 
     def without_followers(self, prefilling: Sequence[Request]) -> list[Request]:
         """Leaves out those whose next block an older one is about to compute. `prefilling`: all that are to be
-        prefilled here, by arrival; who has a step in flight stays."""
+        prefilled here, by arrival; who has a step in flight stays, and so does who is awaited."""
         if not self._is_on or len(prefilling) < 2:
             return list(prefilling)
         leaders: dict[BlockKey, list[Request]] = {}
@@ -114,6 +114,8 @@ class PrefixSharing:
         index = len(request.block_table)
         if request.steps or request.num_computed_tokens != index * self._block_tokens:
             return False
+        if request.pace.due_since_s is not None:
+            return False  # its step has failed: while it waited for another, it would seem to be stalled
         if index >= self._num_findable(request):
             return False
         own = request.block_key(index, self._numeric_class)

@@ -119,6 +119,22 @@ def test_nobody_waits_for_one_whose_steps_break() -> None:
     assert schedule.prefixes.without_followers(schedule.running) == [first, second]
 
 
+def test_who_is_awaited_since_a_failed_step_waits_for_no_other_and_does_not_seem_stalled() -> None:
+    scheduler = caching(prefill_chunk_tokens=4, max_stalled_s=10.0)
+    open_pipeline(scheduler, P1, Generation(1), 100, 1, 0.0)
+    scheduler.add(alike("older", 180), 0.0)
+    scheduler.add(alike("younger", 180), 0.0)
+    of_older, *_, of_younger = scheduler.schedule(0.0)
+    assert (of_older.pipeline, of_younger.pipeline) == (P0, P1)
+    scheduler.fail_step(of_younger.step, ExecutionError("simulated"), 0.0)
+    scheduler.close_pipeline(P1, 0.0)
+    for now_s in range(15):
+        scheduler.schedule(float(now_s))
+        scheduler.complete(scheduler.steps_in_flight[0].plan.step, {}, float(now_s), computed_by=CLASS)
+    assert scheduler.pop_failures() == []
+    assert scheduler.snapshot().num_running == 2
+
+
 def lose(scheduler: Scheduler, marks: Sequence[int]) -> None:
     scheduler.suspend_pipeline(P0, 0.0)
     open_pipeline(scheduler, P0, Generation(2), 100, 2, 0.0, kv_marks=marks)
