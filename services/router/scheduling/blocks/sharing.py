@@ -30,6 +30,8 @@ class PrefixSharing:
         """By which the newest step was computed that was not of several; 0: none was yet."""
         self._lacking: set[int] = set()
         """Blocks that a replay has to rebuild, and has not rebuilt yet."""
+        self._is_of_several = False
+        """Whether the newest step was of no one class: nothing of such a step is entered."""
 
     # Finding
 
@@ -82,7 +84,7 @@ class PrefixSharing:
     def _takes_part(self, request: Request) -> bool:
         if not self._is_on or not request.generation_request.uses_cache:
             return False
-        is_of_now = request.numeric_class in (None, self._numeric_class)
+        is_of_now = request.numeric_class in (None, self._numeric_class or None)  # nothing of class 0 is entered
         return is_of_now and not self._cache.is_spoilt(request.block_table)
 
     def _num_findable(self, request: Request) -> int:
@@ -93,7 +95,7 @@ class PrefixSharing:
     def without_followers(self, prefilling: Sequence[Request]) -> list[Request]:
         """Leaves out those whose next block an older one is about to compute. `prefilling`: all that are to be
         prefilled here, by arrival; who has a step in flight stays, and so does who is awaited."""
-        if not self._is_on or len(prefilling) < 2:
+        if not self._is_on or self._is_of_several or len(prefilling) < 2:
             return list(prefilling)
         leaders: dict[BlockKey, list[Request]] = {}
         """By the key of their first block."""
@@ -138,6 +140,7 @@ class PrefixSharing:
         self._numeric_class = numeric_class or self._numeric_class
         if request.numeric_class is None:
             request.numeric_class = numeric_class
+        self._is_of_several = not numeric_class
         if not request.generation_request.uses_cache or not request.numeric_class:
             return
         if chunk.sequence_id in computed_by.degraded or numeric_class != request.numeric_class:

@@ -119,6 +119,26 @@ def test_nobody_waits_for_one_whose_steps_break() -> None:
     assert schedule.prefixes.without_followers(schedule.running) == [first, second]
 
 
+def test_nobody_waits_for_one_of_whose_blocks_the_class_is_not_known() -> None:
+    scheduler = caching(prefill_chunk_tokens=4)
+    scheduler.add(alike("a"), 0.0)
+    scheduler.add(alike("b"), 0.0)
+    scheduler.schedule(0.0)
+    schedule = scheduler._schedules.all[P0]
+    adopted, second = schedule.running
+    adopted.numeric_class = 0
+    assert schedule.prefixes.without_followers(schedule.running) == [adopted, second]
+
+
+def test_nobody_waits_where_the_steps_are_of_several_classes() -> None:
+    scheduler = caching(prefill_chunk_tokens=4)
+    for name in "abcd":
+        scheduler.add(alike(name, 40), 0.0)
+    go_on(scheduler, ComputedBy(0))
+    plan, _ = go_on(scheduler, ComputedBy(0))[0]
+    assert len(plan.chunks) == 4
+
+
 def test_who_is_awaited_since_a_failed_step_waits_for_no_other_and_does_not_seem_stalled() -> None:
     scheduler = caching(prefill_chunk_tokens=4, max_stalled_s=10.0)
     open_pipeline(scheduler, P1, Generation(1), 100, 1, 0.0)
