@@ -73,7 +73,7 @@ class PipelineSchedule:
         self.generation = opening.generation
         self.num_slots = opening.num_slots
         self.allocator = BlockAllocator(opening.num_blocks, prefix_counters)
-        self.prefixes = PrefixSharing(self.allocator, settings.block_tokens, is_on=settings.caches_prefixes)
+        self.prefixes = PrefixSharing(self.allocator, settings.block_tokens, blame, is_on=settings.caches_prefixes)
         self.running: list[Request] = []
         """Requests by arrival."""
         self.in_flight: dict[StepId, StepInFlight] = {}
@@ -241,10 +241,14 @@ class PipelineSchedule:
         decoding: list[Request] = []
         prefilling: list[Request] = []
         for request in self.running:
-            if not request.is_replaying:
-                (decoding if request.is_decoding else prefilling).append(request)
-                if not request.is_decoding:
-                    self.prefixes.take(request)
+            if request.is_replaying:
+                continue
+            if request.is_decoding:
+                decoding.append(request)
+                continue
+            with self._blame.handling(request):
+                self.prefixes.take(request)
+                prefilling.append(request)
         prefilling = self.prefixes.without_followers(prefilling)
         prefill_share = -(-len(prefilling) // self.max_micro_batches)
         ready_decodes = [request for request in decoding if not request.steps]
@@ -297,13 +301,16 @@ class PipelineSchedule:
         ended = [other for step in replays for other in step.requests if other.state is not RequestState.RUNNING]
         of_others = {block_id for other in ended for block_id in other.block_table}
         for request in self.running:
-            self.prefixes.skip_replayed(request, self.last_step)
             if not request.is_replaying:
                 continue
-            num_tokens = min(self.prefixes.num_to_replay(request, of_others), num_tokens_left)
-            if num_tokens and not request.steps:
-                picked.append((request, num_tokens))
-                num_tokens_left -= num_tokens
+            with self._blame.handling(request):
+                self.prefixes.skip_replayed(request, self.last_step)
+                if not request.is_replaying:
+                    continue
+                num_tokens = min(self.prefixes.num_to_replay(request, of_others), num_tokens_left)
+                if num_tokens and not request.steps:
+                    picked.append((request, num_tokens))
+                    num_tokens_left -= num_tokens
         return picked
 
     def _chunk(self, request: Request, start: int, num_tokens: int, *, samples: bool = False) -> ScheduledChunk:

@@ -12,16 +12,17 @@ from collections.abc import Iterable, Sequence
 
 from services.router.scheduling.blocks.block_allocator import BlockAllocator
 from services.router.scheduling.blocks.key_chain import BlockKey
-from services.router.scheduling.request import Request
+from services.router.scheduling.request import Blame, Request
 from services.router.scheduling.step_plan import ComputedBy, ScheduledChunk
 
 
 class PrefixSharing:
     """See the module."""
 
-    def __init__(self, allocator: BlockAllocator, block_tokens: int, *, is_on: bool) -> None:
+    def __init__(self, allocator: BlockAllocator, block_tokens: int, blame: Blame, *, is_on: bool) -> None:
         """Not `is_on`: nothing is entered, so nothing is found, and nobody waits."""
         self._allocator = allocator
+        self._blame = blame
         self._cache = allocator.cache
         self._block_tokens = block_tokens
         self._is_on = is_on
@@ -29,6 +30,8 @@ class PrefixSharing:
         """By which the newest step was computed that was not of several; 0: none was yet, in this generation."""
         self._lacking: set[int] = set()
         """Blocks that a replay has to rebuild, and has not rebuilt yet."""
+        self._is_of_several = False
+        """Whether the newest step was of no one class: nothing of such a step is entered."""
 
     # Finding
 
@@ -83,7 +86,7 @@ class PrefixSharing:
     def _takes_part(self, request: Request) -> bool:
         if not self._is_on or not request.generation_request.uses_cache:
             return False
-        is_of_now = request.numeric_class in (None, self._numeric_class)
+        is_of_now = request.numeric_class in (None, self._numeric_class or None)  # nothing of class 0 is entered
         return is_of_now and not self._cache.is_spoilt(request.block_table)
 
     def _num_findable(self, request: Request) -> int:
@@ -93,35 +96,40 @@ class PrefixSharing:
 
     def without_followers(self, prefilling: Sequence[Request]) -> list[Request]:
         """Leaves out those whose next block an older one is about to compute. `prefilling`: all that are to be
-        prefilled here, by arrival; who has a step in flight stays."""
-        if not self._is_on or len(prefilling) < 2:
+        prefilled here, by arrival; who has a step in flight stays, and so does who is awaited."""
+        if not self._is_on or self._is_of_several or len(prefilling) < 2:
             return list(prefilling)
         leaders: dict[BlockKey, list[Request]] = {}
         """By the key of their first block."""
         left: list[Request] = []
         for request in prefilling:
-            if not self._takes_part(request) or request.num_tokens < self._block_tokens:
-                left.append(request)
-                continue
-            alike = leaders.setdefault(request.block_key(0, self._numeric_class), [])
-            if not self._is_follower(request, alike):
-                left.append(request)
-            if not request.num_failed_steps:  # nobody waits for one that breaks its steps
-                alike.append(request)
+            with self._blame.handling(request):
+                if not self._takes_part(request) or request.num_tokens < self._block_tokens:
+                    left.append(request)
+                    continue
+                alike = leaders.setdefault(request.block_key(0, self._numeric_class), [])
+                if not self._is_follower(request, alike):
+                    left.append(request)
+                if not request.num_failed_steps:  # nobody waits for one that breaks its steps
+                    alike.append(request)
         return left
 
     def _is_follower(self, request: Request, older: Iterable[Request]) -> bool:
         index = len(request.block_table)
         if request.steps or request.num_computed_tokens != index * self._block_tokens:
             return False
+        if request.pace.due_since_s is not None:
+            return False  # its step has failed: while it waited for another, it would seem to be stalled
         if index >= self._num_findable(request):
             return False
         own = request.block_key(index, self._numeric_class)
         stop = (index + 1) * self._block_tokens
-        return any(
-            other.num_computed_tokens < stop <= other.num_tokens and other.block_key(index, self._numeric_class) == own
-            for other in older
-        )
+        for other in older:
+            if other.num_computed_tokens < stop <= other.num_tokens:
+                with self._blame.handling(other):
+                    if other.block_key(index, self._numeric_class) == own:
+                        return True
+        return False
 
     # Entering
 
@@ -145,6 +153,7 @@ class PrefixSharing:
         numeric_class = computed_by.numeric_class
         if request.numeric_class is None:
             request.numeric_class = numeric_class
+        self._is_of_several = not numeric_class
         if not request.generation_request.uses_cache or not request.numeric_class:
             return
         if chunk.sequence_id in computed_by.degraded or numeric_class != request.numeric_class:
@@ -174,7 +183,8 @@ class PrefixSharing:
             if not any(self._is_alike(request, other, index, block_id, num_computed) for other in others):
                 return False
             shared.append(block_id)
-        if not self._allocator.claim(block_id for block_id in block_ids if block_id not in set(shared)):
+        of_others = set(shared)
+        if not self._allocator.claim(block_id for block_id in block_ids if block_id not in of_others):
             return False
         self._allocator.share(shared)
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -13,11 +14,12 @@ from hypothesis import strategies as st
 
 from common.errors import ExecutionError
 from common.ids import Generation, PipelineId, RequestId, SequenceId
+from services.router.scheduling.blocks.sharing import PrefixSharing
 from services.router.scheduling.pipeline_schedule import PipelineSchedule
 from services.router.scheduling.request import Blame, Request
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
-from services.router.scheduling.step_plan import RequestFailure, StepPlan
+from services.router.scheduling.step_plan import ComputedBy, RequestFailure, StepPlan
 from tests.support.router.scheduling import add, complete, is_idle, make_scheduler, names_in, only_plan, open_pipeline
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
@@ -38,6 +40,9 @@ PLACES: list[tuple[type, str]] = [
     (PipelineSchedule, "_plan_chunk"),
     (PipelineSchedule, "_chunk"),
     (PipelineSchedule, "_give_back"),
+    (PrefixSharing, "take"),
+    (PrefixSharing, "skip_replayed"),
+    (PrefixSharing, "num_to_replay"),
 ]
 
 
@@ -184,6 +189,23 @@ def test_an_error_that_is_nobodys_in_particular_ends_who_runs_there_after_a_few_
     assert failure.request_id == "a"
     add(scheduler, "b")
     assert names_in(only_plan(scheduler)) == ["b"]
+
+
+@pytest.mark.parametrize(("names", "unfit"), [(("a", CULPRIT), 3), ((CULPRIT, "a"), 7)])
+def test_one_with_a_token_that_has_no_part_in_a_key_ends_alone_whoever_follows_whom(
+    names: tuple[str, str], unfit: int
+) -> None:
+    scheduler = make_scheduler(num_slots=2, caches_prefixes=True, prefill_chunk_tokens=4)
+    for name in names:
+        prompt = [2**31 if name == CULPRIT and position == unfit else position for position in range(12)]
+        scheduler.add(replace(build_request(name, 1, 4), prompt_token_ids=tuple(prompt)), 0.0)
+    plan = scheduler.schedule(0.0)[0]
+    scheduler.complete(plan.step, {}, 0.0, computed_by=ComputedBy(7))
+    scheduler.schedule(0.0)
+    assert [failure.request_id for failure in scheduler.pop_failures()] == [CULPRIT]
+    assert scheduler.pop_renewals() == []
+    (left,) = scheduler._schedules.all[P0].running
+    assert left.num_computed_tokens == 4
 
 
 def test_a_step_that_fits_no_message_costs_the_request_that_does_not_fit() -> None:

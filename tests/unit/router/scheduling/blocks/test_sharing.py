@@ -10,6 +10,9 @@ import pytest
 from common.errors import ExecutionError
 from common.ids import Generation, SequenceId
 from services.router.engine import GenerationRequest, Token
+from services.router.scheduling.blocks.block_allocator import BlockAllocator
+from services.router.scheduling.blocks.sharing import PrefixSharing
+from services.router.scheduling.request import Blame, Request
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.step_plan import ComputedBy, StepPlan
 from tests.support.router.scheduling import P0, P1, make_scheduler, open_pipeline
@@ -162,6 +165,42 @@ def test_nobody_waits_for_one_whose_steps_break() -> None:
     assert schedule.prefixes.without_followers(schedule.running) == [first, second]
 
 
+def test_nobody_waits_for_one_of_whose_blocks_the_class_is_not_known() -> None:
+    scheduler = caching(prefill_chunk_tokens=4)
+    scheduler.add(alike("a"), 0.0)
+    scheduler.add(alike("b"), 0.0)
+    scheduler.schedule(0.0)
+    schedule = scheduler._schedules.all[P0]
+    adopted, second = schedule.running
+    adopted.numeric_class = 0
+    assert schedule.prefixes.without_followers(schedule.running) == [adopted, second]
+
+
+def test_nobody_waits_where_the_steps_are_of_several_classes() -> None:
+    scheduler = caching(prefill_chunk_tokens=4)
+    for name in "abcd":
+        scheduler.add(alike(name, 40), 0.0)
+    go_on(scheduler, ComputedBy(0))
+    plan, _ = go_on(scheduler, ComputedBy(0))[0]
+    assert len(plan.chunks) == 4
+
+
+def test_who_is_awaited_since_a_failed_step_waits_for_no_other_and_does_not_seem_stalled() -> None:
+    scheduler = caching(prefill_chunk_tokens=4, max_stalled_s=10.0)
+    open_pipeline(scheduler, P1, Generation(1), 100, 1, 0.0)
+    scheduler.add(alike("older", 180), 0.0)
+    scheduler.add(alike("younger", 180), 0.0)
+    of_older, *_, of_younger = scheduler.schedule(0.0)
+    assert (of_older.pipeline, of_younger.pipeline) == (P0, P1)
+    scheduler.fail_step(of_younger.step, ExecutionError("simulated"), 0.0)
+    scheduler.close_pipeline(P1, 0.0)
+    for now_s in range(15):
+        scheduler.schedule(float(now_s))
+        scheduler.complete(scheduler.steps_in_flight[0].plan.step, {}, float(now_s), computed_by=CLASS)
+    assert scheduler.pop_failures() == []
+    assert scheduler.snapshot().num_running == 2
+
+
 def lose(scheduler: Scheduler, marks: Sequence[int]) -> None:
     scheduler.suspend_pipeline(P0, 0.0)
     open_pipeline(scheduler, P0, Generation(2), 100, 2, 0.0, kv_marks=marks)
@@ -237,6 +276,26 @@ def test_a_preempted_request_finds_its_own_blocks_again() -> None:
     ((plan, _),) = go_on(scheduler)
     assert [(chunk.start_position, len(chunk.token_ids)) for chunk in plan.chunks] == [(8, 2)]
     assert request.num_found_tokens == 0, "it had computed them itself"
+
+
+class LookedUp(int):
+    """A block id that counts how often a set or a table looks one up."""
+
+    count = 0
+
+    def __hash__(self) -> int:
+        LookedUp.count += 1
+        return super().__hash__()
+
+
+def test_a_claim_of_shared_blocks_looks_at_each_of_them_a_few_times() -> None:
+    num_blocks = 100
+    allocator = BlockAllocator(num_blocks)
+    first, second = (Request(alike(name, 401), place, 0.0, block_tokens=4) for place, name in enumerate("ab"))
+    first.block_table, first.num_computed_tokens = list(allocator.allocate(num_blocks) or ()), 400
+    block_ids = [LookedUp(block_id) for block_id in range(num_blocks)]
+    assert PrefixSharing(allocator, 4, Blame(), is_on=True).claim(second, block_ids, 400, [first])
+    assert LookedUp.count <= 4 * num_blocks
 
 
 def test_the_pipeline_with_the_prefix_is_chosen_unless_it_is_much_busier() -> None:
