@@ -159,6 +159,16 @@ def test_a_preempted_request_finds_its_own_blocks_again() -> None:
     assert request.num_found_tokens == 0, "it had computed them itself"
 
 
+def test_a_prompt_counts_as_asked_once_if_its_pipeline_closes_before_its_first_answer() -> None:
+    scheduler = caching()
+    scheduler.add(alike("a"), 0.0)
+    scheduler.schedule(0.0)
+    scheduler.close_pipeline(P0, 0.0)
+    open_pipeline(scheduler, P0, Generation(2), 100, 1, 0.0)
+    finish(scheduler)
+    assert scheduler.snapshot().counters.prefixes.tokens_asked == 9
+
+
 def test_the_pipeline_with_the_prefix_is_chosen_unless_it_is_much_busier() -> None:
     scheduler = caching(num_blocks=300, max_batch_tokens=600)
     run(scheduler, alike("a", 400, max_tokens=1))
