@@ -19,11 +19,11 @@ from common.errors import ContextLengthError, InvalidRequestError, UnknownModelE
 from common.ids import RequestId
 from services.router.engine import GenerationRequest, SamplingParameters
 from services.router.front.schema.openai_schema import (
-    MAX_NAME_CHARACTERS,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationFields,
     Request,
+    parse_object,
     parse_request,
 )
 from services.router.front.settings import FrontSettings
@@ -127,6 +127,13 @@ class RequestPlanner:
     async def hash(self, route: str, body: bytes) -> str:
         """Returns `body_hash`, computed in a thread where the body is long."""
         return await self._work_on(len(body), partial(body_hash, route, body))
+
+    async def add_salt(self, body: bytes, salt: str | None) -> bytes:
+        """Returns `with_salt`, made in a thread where the body is long; without a salt the body. Raises
+        InvalidRequestError."""
+        if salt is None:
+            return body
+        return await self._work_on(len(body), partial(with_salt, body, salt))
 
     async def plan_completion(self, request: CompletionRequest, identity: ReplyIdentity) -> PlannedRequest:
         """Returns the planned request. Raises RequestError leaves.
@@ -300,22 +307,15 @@ class RequestPlanner:
         return biases
 
 
-def with_salt(body: bytes, salt: str | None) -> bytes:
-    """Returns the body with what the header says of its salt, so that all that is made of it later, after a restart
-    too, has it. Raises InvalidRequestError if both say something else. What is no JSON object is refused later."""
-    if salt is None:
-        return body
-    if len(salt) > MAX_NAME_CHARACTERS:
-        raise InvalidRequestError(f"Moemesh-Cache-Salt: must have at most {MAX_NAME_CHARACTERS} characters")
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError):
-        return body
-    if not isinstance(fields, dict):
-        return body
+def with_salt(body: bytes, salt: str) -> bytes:
+    """Returns the body with the salt that the header says, so that all that is made of it later, after a restart too,
+    has it; nothing else of it changes. Raises InvalidRequestError if it says another one, or is no JSON object."""
+    fields = parse_object(body)
     if fields.get("cache_salt") not in (None, salt):
         raise InvalidRequestError("Moemesh-Cache-Salt and `cache_salt` say different things; give one", "cache_salt")
-    return json.dumps({**fields, "cache_salt": salt}).encode()
+    # Of two fields with one name the last counts, and null may stand there already.
+    comma = b"," if fields else b""
+    return body.rstrip()[:-1] + comma + b'"cache_salt":' + json.dumps(salt).encode() + b"}"
 
 
 def body_hash(route: str, body: bytes) -> str:

@@ -45,7 +45,7 @@ from services.router.front.live_request import (
     parse_event_id,
 )
 from services.router.front.metrics import FrontMetrics
-from services.router.front.planning import CHAT, COMPLETIONS, ReplyIdentity, RequestPlanner, with_salt
+from services.router.front.planning import CHAT, COMPLETIONS, ReplyIdentity, RequestPlanner
 from services.router.front.registry import RequestRegistry
 from services.router.front.replies import (
     DONE_EVENT,
@@ -58,6 +58,7 @@ from services.router.front.replies import (
     usage_of,
     whole_reply,
 )
+from services.router.front.schema.openai_schema import MAX_NAME_CHARACTERS
 from services.router.front.settings import FrontSettings
 from services.router.front.text.choice_stream import ChoiceEvent, merge_events
 from services.router.front.text.detokenizer import Vocabulary
@@ -192,8 +193,9 @@ class GenerationRoutes:
         held = HeldBody(self._bodies)
         try:
             identity = identity_of(request)
+            salt = cache_salt_of(request)
             body = await read_body(request, self._max_body_bytes, held)
-            body = with_salt(body, request.headers.get("moemesh-cache-salt"))
+            body = await self._planner.add_salt(body, salt)
             work = self._accept(route, body, identity, _last_event_id(request), held)
             return await run_while_connected(work, request.receive)
         finally:
@@ -252,6 +254,17 @@ def identity_of(request: Request) -> ClientIdentity:
     if wish not in ("0", "1"):
         raise InvalidRequestError("Moemesh-Resumable: must be 1 or 0")
     return ClientIdentity(_tenant(request), request.scope.get(REQUEST_ID_SCOPE), key, wish == "1")
+
+
+def cache_salt_of(request: Request) -> str | None:
+    """Returns the salt that its header says; None: it has no such header. Raises InvalidRequestError for another number
+    of them, or a length that cannot be served."""
+    lines = request.headers.getlist("moemesh-cache-salt")
+    if len(lines) > 1:
+        raise InvalidRequestError("Moemesh-Cache-Salt: must be given once")
+    if lines and not 0 < len(lines[0]) <= MAX_NAME_CHARACTERS:
+        raise InvalidRequestError(f"Moemesh-Cache-Salt: must have 1 to {MAX_NAME_CHARACTERS} characters")
+    return lines[0] if lines else None
 
 
 def _tenant(request: Request) -> str:

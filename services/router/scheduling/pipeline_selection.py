@@ -17,9 +17,10 @@ COOLING_S = 30.0
 
 
 def _least_in_flight(schedules: Sequence[PipelineSchedule], extra_tokens: Sequence[int]) -> list[float]:
-    """Counts requests. What has to be computed there alone counts by the chunk, each of which delays a step of all."""
+    """Counts requests. What has to be computed there alone counts by the chunk, each of which delays a step of all; but
+    once it is computed those behind find it there too, so a long prefix must not draw all to one pipeline."""
     return [
-        len(schedule.running) + extra / TOKENS_LIKE_A_REQUEST
+        len(schedule.running) + min(extra / TOKENS_LIKE_A_REQUEST, MAX_REQUESTS_FOR_EXTRA)
         for schedule, extra in zip(schedules, extra_tokens, strict=True)
     ]
 
@@ -39,6 +40,8 @@ def _weighted(schedules: Sequence[PipelineSchedule], extra_tokens: Sequence[int]
 
 TOKENS_LIKE_A_REQUEST = 256
 """A prefill of so many tokens, one chunk, keeps a pipeline as busy as one more request does while it runs."""
+MAX_REQUESTS_FOR_EXTRA = 2
+"""However much has to be computed there, it counts like so many requests at most."""
 Policy = Callable[[Sequence[PipelineSchedule], Sequence[int]], list[float]]
 POLICIES: Mapping[str, Policy] = MappingProxyType({"least_in_flight": _least_in_flight, "weighted": _weighted})
 """Name -> a score for each; the lowest takes the request, equal ones take turns. They are given the pipelines, and how

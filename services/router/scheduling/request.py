@@ -95,6 +95,8 @@ class Request:
     """By which its cache is computed; None: nothing of it is there yet; 0: that is not known, and nothing is cached."""
     num_entered_blocks: int = 0
     """Blocks at its beginning that were entered into the table of cached ones, or were there."""
+    has_asked: bool = False
+    """Its prompt was counted among those that were looked for in the cache."""
     num_found_tokens: int = 0
     """Prompt tokens that were found in the cache, and that it had not computed before."""
     is_unconfirmed: bool = False

@@ -220,7 +220,7 @@ class GenerationFields(Strict):
     """These three are checked and change nothing."""
     cache: Annotated[Literal["on", "off"] | None, described('"on" or "off"')] = None
     """`off`: it finds nothing that was computed for others, and others nothing of it."""
-    cache_salt: Name | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = None
     """It finds only what was computed under the same one, and others its own only so; as in vLLM."""
     _left_out: tuple[str, ...] = PrivateAttr(default=())
     """Fields that were left out when the request was read, since they change nothing."""
@@ -300,8 +300,9 @@ _KNOWN_FIELDS = frozenset({*CompletionRequest.model_fields, *ChatCompletionReque
 Request = TypeVar("Request", CompletionRequest, ChatCompletionRequest)
 
 
-def parse_request(body: bytes, model: type[Request]) -> Request:
-    """Returns the request in `body`. Raises InvalidRequestError, which names the field if it is one field's fault."""
+def parse_object(body: bytes) -> Json:
+    """Returns the fields of `body`; of several with one name the last. Raises InvalidRequestError if it is no JSON
+    object."""
     try:
         # Some clients begin a text with a mark that says UTF-8, which readers of JSON may skip (RFC 8259, 8.1). NaN is
         # let in here, so that the field that it stands in can be named below.
@@ -310,6 +311,12 @@ def parse_request(body: bytes, model: type[Request]) -> Request:
         raise InvalidRequestError(f"the body is not JSON in UTF-8: {error}") from error
     if not isinstance(fields, dict):
         raise InvalidRequestError("the body must be a JSON object")
+    return fields
+
+
+def parse_request(body: bytes, model: type[Request]) -> Request:
+    """Returns the request in `body`. Raises InvalidRequestError, which names the field if it is one field's fault."""
+    fields = parse_object(body)
     sieve = Sieve(MAX_FIELDS)
     kept = _sift(fields, model, sieve)
     try:

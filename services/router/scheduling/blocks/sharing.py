@@ -50,7 +50,8 @@ class PrefixSharing:
 
     def begin(self, request: Request) -> None:
         """Lets a request that begins to run here have what it finds."""
-        if self._takes_part(request) and not request.max_computed_tokens:
+        if self._takes_part(request) and not request.has_asked and not request.max_computed_tokens:
+            request.has_asked = True
             self._cache.counters.tokens_asked += len(request.generation_request.prompt_token_ids)
         self.take(request)
 

@@ -207,3 +207,20 @@ def test_a_compressed_body_is_refused_by_its_header(
         assert answer.json()["error"]["message"].startswith(f"{header[0]}: ")
 
     run(main())
+
+
+@pytest.mark.parametrize("lines", [["a", "b"], ["a", "a"], [""], ["", "a"], ["s" * 1025]])
+def test_a_salt_that_is_given_twice_or_empty_or_too_long_is_refused_by_its_name(
+    tokenizer: TextTokenizer, lines: list[str]
+) -> None:
+    headers = dict(zip(("Moemesh-Cache-Salt", "moemesh-cache-salt"), lines, strict=False))  # sent as they stand here
+
+    async def main() -> None:
+        server = Server(tokenizer)
+        fields = {"model": "tiny", "prompt": "hi"}
+        answer = await Exchange(server.app, "POST", COMPLETIONS, fields=fields, headers=headers).start().answer()
+        assert answer.status == 400
+        assert answer.json()["error"]["message"].startswith("Moemesh-Cache-Salt: must ")
+        assert not server.engine.asked
+
+    run(main())

@@ -10,8 +10,14 @@ import pytest
 
 from common.errors import ContextLengthError, InvalidRequestError, MoemeshError, UnknownModelError
 from services.router.engine import SamplingParameters
+from services.router.front import planning as planning_module
 from services.router.front.planning import PlannedRequest, ReplyIdentity, RequestPlanner, with_salt
-from services.router.front.schema.openai_schema import ChatCompletionRequest, CompletionRequest, parse_request
+from services.router.front.schema.openai_schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    parse_object,
+    parse_request,
+)
 from services.router.front.settings import FrontSettings
 from services.router.front.text.checkpoint_file import CheckpointDefaults
 from services.router.front.text.tokenizer import TextTokenizer
@@ -274,19 +280,38 @@ def test_another_value_of_cache_is_refused_by_its_name(tokenizer: TextTokenizer,
     assert raised.value.parameter == "cache"
 
 
-def test_the_salt_of_the_header_becomes_part_of_the_body() -> None:
-    assert with_salt(b'{"a": 1.5}', None) == b'{"a": 1.5}'
-    assert json.loads(with_salt('{"a": "\u00fc", "b": 12345678901234567890}'.encode(), "s")) == {
-        "a": "\u00fc",
-        "b": 12345678901234567890,
-        "cache_salt": "s",
-    }
-    assert with_salt(b'{"cache_salt": "s"}', "s") == b'{"cache_salt": "s"}'
-    for body in (b"[1]", b"no json", b"[" * 100_000):
-        assert with_salt(body, "s") == body, "it is refused where it is parsed"
+@pytest.mark.parametrize(
+    "body", ['{"a": "\u00fc", "b": 12345678901234567890}', " {} \n", '{"a": 1e15, "cache_salt": null}']
+)
+def test_the_salt_of_the_header_becomes_part_of_the_body(body: str) -> None:
+    salted = with_salt(body.encode(), 's"\u00fc')
+    assert json.loads(salted) == parse_object(salted) == {**json.loads(body), "cache_salt": 's"\u00fc'}
+    assert parse_object(with_salt(salted, 's"\u00fc')) == parse_object(salted), "both may say the same"
 
 
-@pytest.mark.parametrize(("body", "salt"), [(b'{"cache_salt": "t"}', "s"), (b"{}", "s" * 1025)])
-def test_salts_that_disagree_or_are_too_long_are_refused(body: bytes, salt: str) -> None:
-    with pytest.raises(InvalidRequestError, match="Moemesh-Cache-Salt"):
-        with_salt(body, salt)
+@pytest.mark.parametrize("body", [b'{"cache_salt": "t"}', b'{"cache_salt": ""}', b"[1]", b"no json", b"[" * 100_000])
+def test_a_body_that_says_another_salt_or_cannot_take_one_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequestError, match=r"say different things|JSON"):
+        with_salt(body, "s")
+
+
+def test_a_salt_makes_a_long_body_longer_by_itself_only_and_in_a_thread(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def watched(body: bytes, salt: str) -> bytes:
+        threads.append(threading.current_thread())
+        return with_salt(body, salt)
+
+    monkeypatch.setattr(planning_module, "with_salt", watched)
+    body = json.dumps({"prompt": "\u0436" * (4 << 20)}, ensure_ascii=False).encode()
+    assert len(asyncio.run(planner(tokenizer).add_salt(body, "s"))) == len(body) + len(',"cache_salt":"s"')
+    assert asyncio.run(planner(tokenizer).add_salt(body, None)) == body
+    assert threads != [threading.main_thread()]
+
+
+def test_an_empty_salt_is_refused_by_its_name(tokenizer: TextTokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="cache_salt") as raised:
+        plan(tokenizer, cache_salt="")
+    assert raised.value.parameter == "cache_salt"

@@ -35,6 +35,16 @@ def test_least_in_flight_wins() -> None:
     assert selection.choose([load(0, num_running=2), load(1, num_running=1), load(2, num_running=3)]) == 1
 
 
+def test_a_long_prefix_on_one_pipeline_leaves_some_requests_for_the_other() -> None:
+    selection, running = PipelineSelection("least_in_flight"), [0, 0]
+    for _ in range(8):
+        loads = [load(pipeline, num_running=number) for pipeline, number in enumerate(running)]
+        pick = selection.choose(loads, [4000, 0])
+        assert pick is not None
+        running[pick] += 1
+    assert running[0] > running[1] > 0
+
+
 def test_equals_take_turns() -> None:
     selection = PipelineSelection("least_in_flight")
     loads = [load(2), load(0), load(1)]

@@ -298,6 +298,16 @@ def test_a_claim_of_shared_blocks_looks_at_each_of_them_a_few_times() -> None:
     assert LookedUp.count <= 4 * num_blocks
 
 
+def test_a_prompt_counts_as_asked_once_if_its_pipeline_closes_before_its_first_answer() -> None:
+    scheduler = caching()
+    scheduler.add(alike("a"), 0.0)
+    scheduler.schedule(0.0)
+    scheduler.close_pipeline(P0, 0.0)
+    open_pipeline(scheduler, P0, Generation(2), 100, 1, 0.0)
+    finish(scheduler)
+    assert scheduler.snapshot().counters.prefixes.tokens_asked == 9
+
+
 def test_the_pipeline_with_the_prefix_is_chosen_unless_it_is_much_busier() -> None:
     scheduler = caching(num_blocks=300, max_batch_tokens=600)
     run(scheduler, alike("a", 400, max_tokens=1))
