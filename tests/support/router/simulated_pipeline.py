@@ -230,9 +230,9 @@ class SimulatedPipeline:
         self._untold.clear()
 
     def before(self, plan: StepPlan) -> list[StepPlan]:
-        """Steps under way with chunks of its sequences that come before its own, oldest first."""
+        """Steps with chunks of its sequences that come before its own, oldest first: under way, or waiting as it is."""
         own = {chunk.sequence_id for chunk in plan.chunks}
-        others = [other for step, other in self._under_way.items() if step < plan.step]
+        others = [other for step, other in (self._under_way | self._not_begun).items() if step < plan.step]
         return [other for other in others if not own.isdisjoint(chunk.sequence_id for chunk in other.chunks)]
 
     def due(self, plan: StepPlan, in_flight: Sequence[StepPlan]) -> StepPlan:

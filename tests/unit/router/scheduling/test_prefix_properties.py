@@ -111,6 +111,16 @@ class PrefixMachine(SchedulerMachine):
             )
             self.put_in_line(request)
 
+    @rule(count=st.integers(1, 6))
+    def go_on(self, count: int) -> None:
+        """Steps are planned and answered one after another, so that requests come to decode, and the next step of some
+        is planned ahead."""
+        for _ in range(count):
+            self.send_plans()
+            if self.in_flight:
+                self.answer(self.in_flight.pop(0))
+        self.send_plans()
+
     @rule(pipeline=st.sampled_from(PIPELINES))
     def change_experts(self, pipeline: PipelineId) -> None:
         """Nodes of another class answer from now on."""
