@@ -149,7 +149,7 @@ def test_a_journal_that_is_removed_under_load_loses_no_request_when_the_router_i
     mesh: ServedMesh, harm: str
 ) -> None:
     streams = [
-        ResumableStream(f"{harm[:3]}-{number}", COMPLETIONS, body(number, max_tokens=900)) for number in range(8)
+        ResumableStream(f"{harm[:3]}-{number}", COMPLETIONS, body(number, max_tokens=1900)) for number in range(8)
     ]
     with RunningResumableStreams(lambda: mesh.local.url, streams) as running:
         wait_until(lambda: all(stream.has_tokens for stream in running.streams[:4]), 30, "first tokens", 0.005)
@@ -157,7 +157,7 @@ def test_a_journal_that_is_removed_under_load_loses_no_request_when_the_router_i
         wal = journal.with_name("journal.sqlite3-wal")
         for each in {"file": [journal], "wal": [wal]}.get(harm, [journal, wal]):
             each.unlink()
-        late = ResumableStream(f"{harm[:3]}-late", COMPLETIONS, body(11, max_tokens=900))
+        late = ResumableStream(f"{harm[:3]}-late", COMPLETIONS, body(11, max_tokens=1900))
         with RunningResumableStreams(lambda: mesh.local.url, [late]):
             wait_until(lambda: late.has_tokens, 30, "a token of a request that came later", 0.005)
             time.sleep(1.2)
