@@ -1,6 +1,7 @@
 #!/bin/sh
 # A mesh in containers of the shape that a suite wants, hurt by it under load, and removed again.
-# Arguments are those of `moemesh chaos run`; without --suite it is the smoke suite. The images must have been built.
+# Arguments are those of `moemesh chaos run`; without --suite it is the smoke suite. Images are built first,
+# which takes seconds where nothing has changed: else an older build would be judged in place of this one.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -35,6 +36,7 @@ trap remove EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+docker compose build --quiet
 docker compose up -d --wait --wait-timeout 120
 report=chaos-report/compose
 mkdir -p "$report"
