@@ -307,6 +307,17 @@ class RingMesh:
         self.real.close()
 
 
+def await_message(mesh: RingMesh, *names: str) -> object:
+    """The first message that one of these nodes gets."""
+    until_s = time.monotonic() + 5
+    while time.monotonic() < until_s:
+        mesh.poll()
+        sent = mesh.socket_messages()
+        if messages := [message for name in names for message in sent[name]]:
+            return messages[0]
+    return None
+
+
 def _random_expert(generator: torch.Generator, dtype: torch.dtype, kernels: NativeKernels) -> GatedExpert:
     def weight(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)

@@ -21,8 +21,8 @@ from common.wire.zmq_functions import MAX_QUEUED_CALLS
 from services.stage.experts.client import CallDone
 from services.stage.experts.peers import FLOOD
 from tests.support.nodes.kernels import one_torch_thread
-from tests.support.nodes.ring_nodes import ALL, RingMesh, kernels
-from tests.unit.stage.experts.test_links import HEAD, ask, await_message, await_open, question_of
+from tests.support.nodes.ring_nodes import ALL, RingMesh, await_message, kernels
+from tests.unit.stage.experts.test_links import HEAD, ask, await_open, question_of
 
 __all__ = ["kernels", "one_torch_thread"]
 MIB = 1 << 20
