@@ -123,7 +123,7 @@ def test_a_mirror_that_joined_late_has_what_nobody_holds(mesh: ServedMesh) -> No
     for slot in (0, 1):
         os.kill(pid_of(mesh, holder_of(mesh, slot)), signal.SIGKILL)
         wait_for_mirrors(mesh)
-    ask(mesh, "any")  # an answer of those that compute now says their class: before it nothing is found
+    ask(mesh, prompt_of("any", 4))  # an answer of those that compute now says their class: before it nothing is found
     warm = ask(mesh, prompt, max_tokens=60)
     assert said_by(warm) == said_by(cold)
     assert num_cached(warm) == 896
