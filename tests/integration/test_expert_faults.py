@@ -165,6 +165,6 @@ def test_where_nobody_can_load_them_tokens_go_on_without_if_the_operator_wants_t
             os.kill(pid_of(narrow, "expert-0"), signal.SIGKILL)
         for stream in running.streams:
             assert (stream.broke_off, stream.error, stream.finish_reason) == ("", None, "length")
-        wait_until(lambda: metric(narrow, "moemesh_degraded_rows_total") > 0, HEARTBEAT_WITHIN_S, "rows without experts")
+        wait_until(lambda: metric(narrow, "moemesh_degraded_rows_total") > 0, HEARTBEAT_WITHIN_S, "rows left out")
         wait_until(lambda: narrow.client.get("/ready").status_code == 200, READY_AGAIN_WITHIN_S, "all shards")
         assert narrow.client.ask_all(asked) == expected, "whole again"
