@@ -51,6 +51,7 @@ from services.router.mesh.metrics import MeshCollector
 from services.router.mesh.placer import ProcessPlacer
 from services.router.mesh.sockets import MeshClient
 from services.router.mesh.steps import Sink, StepFlow
+from services.router.scheduling.drafts.repeats import RepeatDrafter
 from services.router.scheduling.request import Attend
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
@@ -423,7 +424,8 @@ def _scheduler(settings: Settings, term: int, attend: Attend) -> Scheduler:
         pipeline_policy=settings.pipeline_policy,
         caches_prefixes=settings.prefix_cache == "on",
     )
-    return Scheduler(scheduling, first_number=term << TERM_SHIFT, attend=attend)
+    drafter = RepeatDrafter(settings.draft_tokens) if settings.draft_tokens else None
+    return Scheduler(scheduling, first_number=term << TERM_SHIFT, attend=attend, drafter=drafter)
 
 
 def _welcome(settings: Settings, model: Model, links: _Links) -> Welcome:
