@@ -12,28 +12,32 @@ LOOKED_AT_ROWS = 16
 
 
 def choose_rows(
-    gains: Sequence[Sequence[float]], most: int, undrafted_s: float, drafted_s: Callable[[int], float]
+    num_rows: int,
+    gains: Sequence[Sequence[float]],
+    most: int,
+    undrafted_s: float,
+    drafted_s: Callable[[int], float],
 ) -> list[int]:
-    """Returns how many drafts each sequence gets, `most` of all at most.
+    """Returns how many drafts each sequence gets that has a guess, `most` of all at most, in a step that makes a token
+    in each of `num_rows` rows without them.
 
-    `gains`: for each sequence, what each of its drafts is expected to add: how likely it and all before it are
-    right, so it descends. `undrafted_s`: the time of a step of these sequences without any draft. `drafted_s`: that of
+    `gains`: for each such sequence, what each of its drafts is expected to add: how likely it and all before it are
+    right, so it descends. `undrafted_s`: the time of that step without any draft. `drafted_s`: that of
     a step of so many rows. Of numbers of drafts, those with the highest gains are the best, so only their sum is to be
     chosen; all of them are looked at, since once most experts are read, further rows cost little.
     """
-    num_sequences = len(gains)
     ordered = sorted(((gain, -place) for place, of_one in enumerate(gains) for gain in of_one), reverse=True)[:most]
-    best_rate, best = MARGIN * num_sequences / undrafted_s, 0
-    expected = float(num_sequences)
+    best_rate, best = MARGIN * num_rows / undrafted_s, 0
+    expected = float(num_rows)
     for number, (gain, _) in enumerate(ordered, start=1):
         expected += gain
-        num_rows = num_sequences + number
-        if num_rows > LOOKED_AT_ROWS and num_rows % 8 and number < len(ordered):
+        size = num_rows + number
+        if size > LOOKED_AT_ROWS and size % 8 and number < len(ordered):
             continue
-        rate = expected / drafted_s(num_rows)
+        rate = expected / drafted_s(size)
         if rate > best_rate:
             best_rate, best = rate, number
-    counts = [0] * num_sequences
+    counts = [0] * len(gains)
     for _, place in ordered[:best]:
         counts[-place] += 1
     return counts

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
-from operator import eq
+from collections.abc import Sequence
 
 from common.ids import PipelineId, RequestId
 from services.router.scheduling.drafts.acceptance import Acceptance
@@ -17,10 +16,10 @@ from services.router.scheduling.drafts.drafting import DraftWish
 from services.router.scheduling.drafts.row_choice import choose_rows
 from services.router.scheduling.drafts.source import DraftSource, Guess
 from services.router.scheduling.drafts.step_times import Manner, StepShape, StepTimes
+from services.router.scheduling.step_plan import StepPlan
 
 FIRST_DRAFTS = 3
-"""So many drafts a step has that is the first for a while, or as many as it has rows: what they really cost is not known
-yet."""
+"""So many drafts, or as many as it has rows, has a step that is the first for a while: what they cost is not known."""
 
 
 class WorthwhileDrafter:
@@ -37,27 +36,40 @@ class WorthwhileDrafter:
         self._guesses: dict[RequestId, tuple[int, Guess]] = {}
         """By request its newest, with how many generated tokens it is behind."""
 
-    def draft(self, pipeline: PipelineId, wishes: Sequence[DraftWish], num_rows: int, most: int) -> list[Sequence[int]]:
+    def has_guess(self, wish: DraftWish) -> bool:
+        """See `Drafter`. There is one guess for each place in a text: it is asked about with the step that is planned,
+        and with the one after it."""
+        num_generated = len(wish.generated)
+        position, guess = self._guesses.get(wish.request, (-1, Guess()))
+        if position != num_generated:
+            guess = self._source.propose(wish.request, wish.prompt, wish.generated, self._most_per_sequence)
+            self._guesses[wish.request] = (num_generated, guess)
+        return bool(guess.token_ids)
+
+    def draft(
+        self, pipeline: PipelineId, wishes: Sequence[DraftWish], num_rows: int, most: int
+    ) -> Sequence[Sequence[int]]:
         """See `Drafter`."""
         counts = self._choose(pipeline, wishes, num_rows, most, num_unseen=0)
-        return [self._guess(wish).token_ids[: counts.get(wish.request, 0)] for wish in wishes]
+        return [self._guess(wish).token_ids[:count] for wish, count in zip(wishes, counts, strict=True)]
 
     def would_draft(self, pipeline: PipelineId, wishes: Sequence[DraftWish], num_rows: int, most: int) -> bool:
         """See `Drafter`."""
-        return bool(self._choose(pipeline, wishes, num_rows, most, num_unseen=1))
+        return any(self._choose(pipeline, wishes, num_rows, most, num_unseen=1))
 
     def note_tokens(self, request: RequestId, num_before: int, token_ids: Sequence[int]) -> None:
         """See `Drafter`."""
         position, guess = self._guesses.pop(request, (-1, Guess()))
         if position == num_before and guess.token_ids:
-            is_right = map(eq, guess.token_ids, token_ids)
+            is_right = map(operator.eq, guess.token_ids, token_ids)
             num_right = sum(1 for _ in itertools.takewhile(bool, is_right))
             has_wrong = num_right < min(len(guess.token_ids), len(token_ids))
             self._acceptance.note(request, guess.grade, num_right, has_wrong=has_wrong)
 
-    def note_step(self, pipeline: PipelineId, manner: Manner, num_rows: int, seconds: float) -> None:
+    def note_step(self, plan: StepPlan, seconds: float) -> None:
         """See `Drafter`."""
-        self._times_of(pipeline).note(manner, num_rows, seconds)
+        manner = Manner.AHEAD if plan.awaited_step else Manner.PLAIN
+        self._times_of(plan.pipeline).note(Manner.DRAFTED if plan.num_drafts else manner, plan.num_tokens, seconds)
 
     def forget(self, request: RequestId) -> None:
         """See `Drafter`."""
@@ -71,33 +83,24 @@ class WorthwhileDrafter:
         return times
 
     def _guess(self, wish: DraftWish) -> Guess:
-        """Returns what is guessed to come next, made once: it is asked for with the step that is planned, and with the
-        one after it."""
-        num_generated = len(wish.generated)
-        position, guess = self._guesses.get(wish.request, (-1, Guess()))
-        if position != num_generated:
-            guess = self._source.propose(wish.request, wish.prompt, wish.generated, self._most_per_sequence)
-            self._guesses[wish.request] = (num_generated, guess)
-        return guess
+        return self._guesses[wish.request][1]
 
     def _choose(
         self, pipeline: PipelineId, wishes: Sequence[DraftWish], num_rows: int, most: int, num_unseen: int
-    ) -> Mapping[RequestId, int]:
-        """Returns how many drafts are worth it, of those that have any, behind so many tokens of each that are about to
-        be known."""
+    ) -> Sequence[int]:
+        """Returns for each how many drafts are worth it, behind so many tokens that are about to be known."""
         times = self._times_of(pipeline)
         undrafted_s = times.undrafted_s(num_rows)
-        guesses = {wish.request: guess for wish in wishes if (guess := self._guess(wish)).token_ids}
-        if undrafted_s is None or not guesses:
-            return {}
-        most_of = {wish.request: wish.most for wish in wishes}
-        gains: list[list[float]] = []
-        for request, guess in guesses.items():
-            num_tokens = min(len(guess.token_ids), num_unseen + most_of[request])
-            rates = self._acceptance.rates(request, guess.grade, num_tokens)
-            gains.append(list(itertools.accumulate(rates, operator.mul))[num_unseen:])
+        if undrafted_s is None:
+            return [0] * len(wishes)
         if not times.knows_drafts:
             most = min(most, max(FIRST_DRAFTS, num_rows))
-        others: list[list[float]] = [[]] * (num_rows - len(gains))
-        counts = choose_rows(gains + others, most, undrafted_s, times.drafted_s)
-        return {request: count for request, count in zip(guesses, counts, strict=False) if count}
+        gains = [self._gains(wish, num_unseen) for wish in wishes]
+        return choose_rows(num_rows, gains, most, undrafted_s, times.drafted_s)
+
+    def _gains(self, wish: DraftWish, num_unseen: int) -> list[float]:
+        """Returns for each draft how likely it and all before it are right."""
+        guess = self._guess(wish)
+        num_tokens = min(len(guess.token_ids), num_unseen + wish.most)
+        rates = self._acceptance.rates(wish.request, guess.grade, num_tokens)
+        return list(itertools.accumulate(rates, operator.mul))[num_unseen:]

@@ -207,7 +207,10 @@ def test_sequences_that_went_on_without_an_expert_are_marked() -> None:
     step = plan(chunk(1), chunk(2))
     flags = array_to_frame(np.array([1, 0], dtype=np.uint8))
     marked = replace(result([2, 1], [11, 12]), degraded=flags)
-    assert {number: token.degraded for number, (token,) in sampled_tokens(marked, step, 20).items()} == {2: False, 1: True}
+    assert {number: token.degraded for number, (token,) in sampled_tokens(marked, step, 20).items()} == {
+        2: False,
+        1: True,
+    }
     plain = sampled_tokens(result([2, 1], [11, 12]), step, 20)
     assert not any(token.degraded for (token,) in plain.values())
     wrong = replace(marked, degraded=array_to_frame(np.array([1], dtype=np.uint8)))

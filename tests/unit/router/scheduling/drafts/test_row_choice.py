@@ -17,7 +17,7 @@ def gains(rate: float, count: int = 15) -> list[float]:
 
 
 def choose(*by_sequence: list[float], most: int = 500) -> list[int]:
-    return choose_rows(by_sequence, most, BENCH.relative_time(len(by_sequence)), BENCH.relative_time)
+    return choose_rows(len(by_sequence), by_sequence, most, BENCH.relative_time(len(by_sequence)), BENCH.relative_time)
 
 
 @pytest.mark.parametrize(("rate", "count"), [(0.2, 0), (0.4, 0), (0.95, 15)])
@@ -50,14 +50,14 @@ def test_no_more_than_the_step_has_room_for() -> None:
 
 def test_what_seems_faster_by_a_hair_is_left() -> None:
     seconds = {1: 1.0, 2: 1.9 / (MARGIN - 0.01)}
-    assert choose_rows([[0.9]], 1, 1.0, seconds.__getitem__) == [0]
+    assert choose_rows(1, [[0.9]], 1, 1.0, seconds.__getitem__) == [0]
     seconds[2] = 1.9 / (MARGIN + 0.01)
-    assert choose_rows([[0.9]], 1, 1.0, seconds.__getitem__) == [1]
+    assert choose_rows(1, [[0.9]], 1, 1.0, seconds.__getitem__) == [1]
 
 
 def test_a_dear_second_row_does_not_hide_a_cheap_third_one() -> None:
     seconds = {1: 1.0, 2: 2.5, 3: 2.5, 4: 2.5}
-    assert choose_rows([[0.99, 0.98, 0.97]], 9, 1.0, seconds.__getitem__) == [3]
+    assert choose_rows(1, [[0.99, 0.98, 0.97]], 9, 1.0, seconds.__getitem__) == [3]
 
 
 @given(
@@ -77,7 +77,7 @@ def test_no_other_numbers_of_drafts_make_more_tokens_a_second(
         return tokens / seconds[num_sequences + sum(counts)]
 
     undrafted_s = seconds[num_sequences] / 1.1
-    chosen = tuple(choose_rows(by_sequence, most, undrafted_s, seconds.__getitem__))
+    chosen = tuple(choose_rows(num_sequences, by_sequence, most, undrafted_s, seconds.__getitem__))
     every = itertools.product(*(range(len(of_one) + 1) for of_one in by_sequence))
     best = max(rate_of(counts) for counts in every if sum(counts) <= most)
     undrafted = MARGIN * num_sequences / undrafted_s
