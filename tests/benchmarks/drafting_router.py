@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from common.ids import RequestId
 from services.router import service
@@ -51,9 +51,8 @@ class RecordedAnswers:
         return zlib.crc32(f"{request} {place}".encode()) / 2**32 >= self._rate
 
 
-def record_steps(path: Path) -> None:
+def record_steps(file: TextIO) -> None:
     """Lets all times that a router notes be written there, too."""
-    file = path.open("w", buffering=1 << 16)
     note = StepTimes.note
 
     def noting(times: StepTimes, manner: Manner, num_rows: int, seconds: float) -> None:
@@ -77,5 +76,5 @@ if __name__ == "__main__":
     recording = Recording(**read)
     if recording.answers:
         setattr(service, "draft_source", lambda: RecordedAnswers(recording))  # noqa: B010
-    record_steps(Path(recording.steps))
+    record_steps(Path(recording.steps).open("w", buffering=1))
     sys.exit(main())

@@ -281,7 +281,7 @@ def test_what_a_request_says_of_drafts_reaches_the_mesh(tokenizer: TextTokenizer
 
 @pytest.mark.parametrize("field", ["cache", "drafts"])
 @pytest.mark.parametrize("value", ["no", "", True, 0, "OFF"])
-def test_another_value_of_a_switch_is_refused_by_its_name(tokenizer: TextTokenizer, field: str, value: object) -> None:
+def test_another_value_of_a_switch_is_refused_by_its_name(tokenizer: TextTokenizer, field: str, value: Any) -> None:
     with pytest.raises(InvalidRequestError, match=f'`{field}`: must be "on" or "off"') as raised:
         plan(tokenizer, **{field: value})
     assert raised.value.parameter == field
