@@ -30,11 +30,11 @@ import httpx
 
 from common.processes.supervisor import LocalMesh
 from services.router.scheduling.drafts.step_times import Manner
-from tests.benchmarks.drafting_router import Recording, read_steps
 from tests.benchmarks.figures import round_figures
 from tests.benchmarks.limits import step_weight_bytes
 from tests.benchmarks.machine import Machine, describe_machine
 from tests.benchmarks.make_bench_model import SIZES, BenchSizes, make_bench_model
+from tests.benchmarks.recorded_drafts import Recording, read_steps
 from tests.benchmarks.report import table_of, without_nan
 from tests.benchmarks.serve_benchmark import READY_WITHIN_S, PromptSource
 from tests.benchmarks.streaming_client import run_round
@@ -131,7 +131,7 @@ def mesh_with(
     if recording is not None:
         path = folder / "recording.json"
         path.write_text(json.dumps(asdict(recording)))
-        modules["router"] = f"tests.benchmarks.drafting_router {path}"
+        modules["router"] = f"tests.benchmarks.recorded_drafts {path}"
     try:
         with LocalMesh(environment, state_dir, modules=modules) as mesh:
             mesh.wait_ready(READY_WITHIN_S)

@@ -8,10 +8,10 @@ import pytest
 
 from common.ids import RequestId
 from services.router.scheduling.drafts.step_times import Manner, StepTimes
-from tests.benchmarks.drafting_router import RecordedAnswers, Recording, read_steps, record_steps
 from tests.benchmarks.drafts import CaseFigures, DraftsReport, allowed_speedup, expected_tokens, markdown, medians_ms
 from tests.benchmarks.machine import Machine
 from tests.benchmarks.make_bench_model import SIZES
+from tests.benchmarks.recorded_drafts import RecordedAnswers, Recording, read_steps, record_steps
 from tests.unit.router.scheduling.drafts.shapes import BENCH
 
 MACHINE = Machine("cpu", 2, 23.5, "AVX512", "", "6", "3.11", "2", "5", "abc", 0.1)

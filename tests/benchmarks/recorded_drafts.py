@@ -1,4 +1,4 @@
-"""A router whose drafts are recorded answers, right at a rate: `python -m tests.benchmarks.drafting_router FILE`.
+"""A router whose drafts are recorded answers, right at a rate: `python -m tests.benchmarks.recorded_drafts FILE`.
 
 FILE is JSON, a `Recording` as a dict. Without answers the router's own source drafts. In either case how long each
 step took that had its pipeline to itself is written into `steps`, a line a step: manner, rows, seconds.
