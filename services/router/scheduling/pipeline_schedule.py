@@ -49,6 +49,8 @@ class StepInFlight:
     """Of one planned ahead: when the step that it waits for was answered, once it was."""
     is_canary: bool = False
     """It carries nothing, and was planned to see whether it is answered."""
+    is_alone: bool = False
+    """None was in flight when it was planned, but for the one whose tokens it waits for."""
     sent_s: float | None = None
     """When the first stage took it; None: it has not taken it yet. The sender notes this here."""
 
@@ -147,7 +149,7 @@ class PipelineSchedule:
             chunks = self._plan_chunks(step, others, preempted, now_s)
         if not chunks and len(self.held_releases) <= self._settings.max_held_releases:
             return None, preempted
-        if not self._has_just_replayed:
+        if not self._has_just_replayed and not self.in_flight:
             self.drafts.add_to(step, chunks, self.allocator.num_free - len(self.running))
         computing_slots = self.replay_slots if chunks and self._has_just_replayed else ()
         return self._plan(step, now_s, chunks, computing_slots), preempted
@@ -233,7 +235,8 @@ class PipelineSchedule:
         )
         self._last_planned = step
         self.held_releases.clear()
-        self.in_flight[step] = StepInFlight(plan, tuple(chunks), now_s, is_canary)
+        is_alone = all(other == awaited_step for other in self.in_flight)
+        self.in_flight[step] = StepInFlight(plan, tuple(chunks), now_s, is_canary, is_alone)
         return plan
 
     def _candidates(self) -> list[tuple[Request, int]]:
@@ -365,7 +368,8 @@ class PipelineSchedule:
         self.pace.answered(now_s, has_failed=has_failed, is_canary=in_flight.is_canary)
         if in_flight.plan.chunks and not has_failed:  # others say nothing of how long work takes
             self.pace.measured(in_flight.plan.num_tokens, in_flight.planned_s, now_s)
-            self.drafts.note_step(in_flight.plan, in_flight.planned_s, now_s)
+            if in_flight.is_alone and all(other.plan.awaited_step == step for other in self.in_flight.values()):
+                self.drafts.note_step(in_flight.plan, now_s - in_flight.planned_s)
         for request in in_flight.requests:
             request.pace.is_disturbed |= has_failed
             self._set_down(request, step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import replace
 from types import MappingProxyType
 
 from common.errors import ExecutionError, InvalidRequestError, MoemeshError
@@ -179,6 +180,7 @@ class Scheduler:
             self.counters.steps_planned += 1
             self.counters.steps_planned_ahead += plan.awaited_step > 0
             self.counters.steps_with_drafts += plan.num_drafts > 0
+            self.counters.drafts_planned += plan.num_drafts
             self.counters.tokens_planned += plan.num_tokens
             plans.append(plan)
 
@@ -227,7 +229,7 @@ class Scheduler:
                     )
                     self._retry(request, error, now_s)
                     continue
-                self._note_tokens(request, chunk, tokens)
+                tokens = self._note_tokens(request, chunk, tokens)
                 # Drafts that were right are known before their positions count: blocks are named by their tokens.
                 outputs += [self._accept_token(request, token, now_s) for token in tokens[:-1]]
                 num_rejected = chunk.num_sampling_rows - len(tokens)
@@ -239,13 +241,21 @@ class Scheduler:
         self._end_broken(now_s)
         return outputs
 
-    def _note_tokens(self, request: Request, chunk: ScheduledChunk, tokens: Sequence[Token]) -> None:
+    def _note_tokens(self, request: Request, chunk: ScheduledChunk, tokens: Sequence[Token]) -> Sequence[Token]:
+        """Returns the tokens of a chunk with what is to be told of its drafts."""
         if chunk.num_drafts:
-            self.counters.drafts_accepted += len(tokens) - 1
-            self.counters.drafts_rejected += chunk.num_sampling_rows - len(tokens)
+            *right, last = tokens
+            num_rejected = chunk.num_drafts - len(right)
+            self.counters.drafts_accepted += len(right)
+            self.counters.drafts_rejected += num_rejected
+            tokens = [
+                *(replace(token, is_draft=True) for token in right),
+                replace(last, num_rejected_drafts=num_rejected),
+            ]
         if self._drafter is not None and tokens:
             num_before, token_ids = len(request.generated_token_ids), [token.token_id for token in tokens]
             self._drafter.note_tokens(request.request_id, num_before, token_ids)
+        return tokens
 
     def _start_misled_over(self, request: Request, now_s: float) -> None:
         """Computes it from the beginning, without what it has found, once the last of its steps is back."""

@@ -1,1 +1,1 @@
-"""Tokens that are guessed to come next: where guesses come from, and how many of them are worth their rows."""
+"""Drafts: what is guessed to come next, how often that is right, and how many rows it is worth."""

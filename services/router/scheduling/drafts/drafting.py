@@ -50,8 +50,9 @@ class Drafter(Protocol):
     def note_tokens(self, request: RequestId, num_before: int, token_ids: Sequence[int]) -> None:
         """Notes which tokens a step has given a request, behind so many generated ones."""
 
-    def note_step(self, plan: StepPlan, planned_s: float, now_s: float) -> None:
-        """Notes that a step with work was answered. `planned_s`: of one planned ahead, when its tokens were there."""
+    def note_step(self, plan: StepPlan, seconds: float) -> None:
+        """Notes how long a step took, from the answer to the one before it: one that did nothing but decode, and had
+        the pipeline to itself."""
 
     def forget(self, request: RequestId) -> None:
         """Forgets a request that has ended; it may never have heard of that."""
@@ -72,12 +73,12 @@ class PipelineDrafts:
 
     def add_to(self, step: StepId, chunks: dict[Request, ScheduledChunk], num_spare_blocks: int) -> None:
         """Lets those that decode draft, in what is left of a step that is being planned, and of so many blocks: nobody
-        gives up any for drafts."""
-        if self._drafter is None:
+        gives up any for drafts. In a step that does more than decode nobody drafts: what that costs is not known."""
+        if self._drafter is None or not all(chunk.is_decode for chunk in chunks.values()):
             return
         decoding = {request.request_id: request for request in chunks if request.generated_token_ids}
-        wishes = self._wishes(self._drafter, [other for other in decoding.values() if other.is_decoding], 0)
-        num_rows = sum(len(chunk.token_ids) for chunk in chunks.values())
+        wishes = self._wishes(self._drafter, decoding.values(), 0)
+        num_rows = len(chunks)
         most = self._max_rows - num_rows
         if not wishes or most < 1:
             return
@@ -99,10 +100,10 @@ class PipelineDrafts:
         most = self._max_rows - len(going_on)
         return bool(wishes) and most > 0 and self._drafter.would_draft(self._pipeline, wishes, len(going_on), most)
 
-    def note_step(self, plan: StepPlan, planned_s: float, now_s: float) -> None:
-        """Notes that a step with work was answered. `planned_s`: of one planned ahead, when its tokens were there."""
-        if self._drafter is not None:
-            self._drafter.note_step(plan, planned_s, now_s)
+    def note_step(self, plan: StepPlan, seconds: float) -> None:
+        """Notes how long a step took, from the answer to the one before it, that had the pipeline to itself."""
+        if self._drafter is not None and all(chunk.is_decode for chunk in plan.chunks):
+            self._drafter.note_step(plan, seconds)
 
     def _wishes(self, drafter: Drafter, requests: Iterable[Request], num_unseen: int) -> list[DraftWish]:
         """Returns who may draft, and what, behind so many tokens that are not known yet."""
@@ -111,7 +112,7 @@ class PipelineDrafts:
             with self._blame.handling(request):
                 asked, most = request.generation_request, request.max_drafts(num_unseen)
                 wish = DraftWish(request.request_id, asked.prompt_token_ids, request.generated_token_ids, most)
-                if most > 0 and drafter.has_guess(wish):
+                if asked.uses_drafts and most > 0 and drafter.has_guess(wish):
                     wishes.append(wish)
         return wishes
 

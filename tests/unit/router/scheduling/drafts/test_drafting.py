@@ -50,8 +50,8 @@ class ScriptedDrafter:
     def note_tokens(self, request: RequestId, num_before: int, token_ids: Sequence[int]) -> None:
         self.heard.append((request, num_before, list(token_ids)))
 
-    def note_step(self, plan: StepPlan, planned_s: float, now_s: float) -> None:
-        self.steps.append((plan.num_drafts, now_s - planned_s))
+    def note_step(self, plan: StepPlan, seconds: float) -> None:
+        self.steps.append((plan.num_drafts, seconds))
 
     def forget(self, request: RequestId) -> None:
         self.forgotten.append(request)
@@ -110,7 +110,7 @@ def test_a_drafter_hears_which_tokens_came_how_long_a_step_took_and_who_has_ende
     assert drafter.wishes[0].most == 2, "with one more it has its four tokens"
     answer(scheduler, only_plan(scheduler, 3.0), [51], now_s=3.5)
     assert drafter.heard == [("a", 0, [1]), ("a", 1, [11, 50]), ("a", 3, [51])]
-    assert drafter.steps == [(0, 0.0), (2, 2.0), (0, 0.5)]
+    assert drafter.steps == [(2, 2.0), (0, 0.5)], "those that did nothing but decode"
     assert drafter.forgotten == ["a"]
 
 
@@ -142,12 +142,47 @@ def test_no_draft_goes_beyond_where_the_last_stage_is_told_other_biases() -> Non
 
 
 def test_drafts_have_what_the_rest_leaves_of_a_step_the_oldest_first() -> None:
-    guesses = {"a": (11, 12, 13), "b": (11, 12, 13), "c": (11, 12, 13)}
+    guesses = {"a": range(11, 18), "b": (11, 12, 13), "c": (11, 12, 13)}
     scheduler = decoding(guesses, "a", "b", "c", max_batch_tokens=12)
-    add(scheduler, "d", prompt_length=5)
+    assert lengths_in(only_plan(scheduler)) == [8, 3, 1]
+
+
+def test_nobody_drafts_in_a_step_that_reads_a_prompt_too() -> None:
+    scheduler = decoding({"a": (11, 12, 13)}, "a")
+    add(scheduler, "b", prompt_length=5)
     plan = only_plan(scheduler)
-    assert lengths_in(plan) == [4, 2, 1, 5]
-    assert plan.num_tokens == 12
+    assert lengths_in(plan) == [1, 5]
+    answer(scheduler, plan, [50], [60])
+    assert only_plan(scheduler).num_drafts == 3
+
+
+def test_nobody_drafts_beside_another_step_and_such_steps_are_no_measure() -> None:
+    drafter = ScriptedDrafter({"a": (11,), "b": (11,)})
+    scheduler = make_scheduler(num_slots=2, drafter=drafter)
+    add(scheduler, "a", "b")
+    while len(plans := scheduler.schedule(0.0)) < 2 or any(not chunk.is_decode for chunk in plans[-1].chunks):
+        for plan in plans:
+            complete(scheduler, plan)
+    assert [plan.num_drafts for plan in plans] == [1, 0]
+    drafter.steps.clear()
+    for plan in plans:
+        answer(scheduler, plan, [50])
+    assert drafter.steps == []
+
+
+def test_a_request_that_says_so_drafts_nothing() -> None:
+    scheduler = drafting({"a": (11,), "b": (11,)})
+    scheduler.add(replace(build_request("a", 4, 10, seed=3), uses_drafts=False), 0.0)
+    add(scheduler, "b")
+    complete(scheduler, only_plan(scheduler))
+    assert [chunk.num_drafts for chunk in only_plan(scheduler).chunks] == [0, 1]
+
+
+def test_tokens_tell_which_of_them_were_guessed_and_how_many_guesses_came_to_nothing() -> None:
+    scheduler = decoding({"a": (11, 12, 13)}, "a")
+    tokens = [output.token for output in answer(scheduler, only_plan(scheduler), [11, 12, 50])]
+    assert [(token.is_draft, token.num_rejected_drafts) for token in tokens] == [(True, 0), (True, 0), (False, 1)]
+    assert scheduler.snapshot().counters.drafts_planned == 3
 
 
 def test_drafts_take_blocks_only_while_one_is_left_for_each_that_runs() -> None:
