@@ -215,9 +215,9 @@ def _lay_out(
         padded[row, : table.size] = table
     row_sequence, positions, last_rows = _spread(sequences["start"], sequences["num_tokens"], hidden.shape[0])
     slots = padded[row_sequence, positions // block_tokens] * np.int64(block_tokens) + positions % block_tokens
-    sampling = sequences[sequences["samples"] != 0]
-    owners, behind = _rows_that_sample(sampling)
-    sampling_rows = last_rows[sequences["samples"] != 0][owners] - behind
+    samples = sequences["samples"] != 0
+    sampling = sequences[samples]
+    sampling_rows, owners = _rows_that_sample(sampling, last_rows[samples])
     return MicroBatch(
         hidden=hidden,
         positions=torch.from_numpy(positions.astype(np.int32)),
@@ -239,20 +239,23 @@ def _spread(starts: Int64Array, counts: Int64Array, num_tokens: int) -> tuple[In
     return np.repeat(np.arange(len(counts), dtype=np.int32), counts), positions, ends - 1
 
 
-def _rows_that_sample(sequences: Records) -> tuple[Int64Array, Int64Array]:
-    """Returns of each row [S] that samples its sequence, as the place among these, and how many rows are behind it
-    there."""
+def _rows_that_sample(sequences: Records, last_rows: Int64Array) -> tuple[Int64Array, Int64Array | slice]:
+    """Returns the rows [S] that sample, and of each the place of its sequence among these; all, where each has one.
+    `last_rows`: of these sequences."""
     counts = sequences["samples"]
     if (counts > sequences["num_tokens"]).any():
         raise ProtocolError("Step.sequences lets more rows of a sequence sample than it has")
+    if (counts == 1).all():
+        return last_rows, slice(None)
     owners = np.repeat(np.arange(len(counts)), counts)
-    return owners, np.cumsum(counts)[owners] - 1 - np.arange(len(owners))
+    num_behind = np.cumsum(counts)[owners] - 1 - np.arange(len(owners))
+    return last_rows[owners] - num_behind, owners
 
 
 def _sampling_columns(
-    step: Step, sequences: Records, owners: Int64Array, positions: Int64Array, kept: KeptAdjustments | None
+    step: Step, sequences: Records, owners: Int64Array | slice, positions: Int64Array, kept: KeptAdjustments | None
 ) -> SamplingColumns:
-    """`sequences`: those that sample. `owners` [S]: whose each row is, as the place among these."""
+    """`sequences`: those that sample. `owners`: as `_rows_that_sample` has it. `positions` [S]: of the tokens."""
     sampling = frame_to_records(step.sampling, SAMPLING, len(sequences), "Step.sampling")
     seeds = frame_to_records(step.seeds, SEED, len(sequences), "Step.seeds")
     if len(sampling) and not (
@@ -265,7 +268,7 @@ def _sampling_columns(
             "Step.sampling holds a number that is not finite, a top_p below 0, or asks for over "
             f"{MAX_TOP_LOGPROBS} logprobs"
         )
-    drafts: Int32Array = frame_to_array(step.drafts, "int32", (len(owners) - len(sequences),), "Step.drafts")
+    drafts: Int32Array = frame_to_array(step.drafts, "int32", (len(positions) - len(sequences),), "Step.drafts")
     if drafts.size and drafts.min() < 0:
         raise ProtocolError("Step.drafts holds a negative token id")
     by_sequence = np.split(drafts, np.cumsum(sequences["samples"] - 1)[:-1]) if drafts.size else ()
@@ -281,12 +284,13 @@ def _sampling_columns(
         seeds=seeds["seed"],
         choices=seeds["choice"],
         adjustments=adjustments,
-        drafts=_drafts_by_row(drafts, owners) if drafts.size else None,
+        drafts=_drafts_by_row(drafts, sequences["samples"]) if drafts.size else None,
     )
 
 
-def _drafts_by_row(drafts: Int32Array, owners: Int64Array) -> Int32Array:
-    """Returns [S]: the draft behind each row in its sequence, -1 behind the last one."""
-    by_row = np.full(len(owners), -1, dtype=np.int32)
-    by_row[np.flatnonzero(owners[:-1] == owners[1:])] = drafts
+def _drafts_by_row(drafts: Int32Array, counts: Int64Array) -> Int32Array:
+    """Returns [S]: the draft behind each row in its sequence, -1 behind the last one. `counts`: rows by sequence."""
+    by_row = np.zeros(len(drafts) + len(counts), dtype=np.int32)
+    by_row[np.cumsum(counts) - 1] = -1
+    by_row[by_row == 0] = drafts
     return by_row
