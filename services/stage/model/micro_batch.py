@@ -243,10 +243,10 @@ def _rows_that_sample(sequences: Records, last_rows: Int64Array) -> tuple[Int64A
     """Returns the rows [S] that sample, and of each the place of its sequence among these; all, where each has one.
     `last_rows`: of these sequences."""
     counts = sequences["samples"]
-    if (counts > sequences["num_tokens"]).any():
-        raise ProtocolError("Step.sequences lets more rows of a sequence sample than it has")
     if (counts == 1).all():
         return last_rows, slice(None)
+    if (counts > sequences["num_tokens"]).any():
+        raise ProtocolError("Step.sequences lets more rows of a sequence sample than it has")
     owners = np.repeat(np.arange(len(counts)), counts)
     num_behind = np.cumsum(counts)[owners] - 1 - np.arange(len(owners))
     return last_rows[owners] - num_behind, owners
