@@ -33,6 +33,8 @@ PAUSE_S = 3.0
 MAX_GAP_S = 5.0
 """Far above what is promised: a machine that is busy with something else must not fail the test."""
 READY_AGAIN_WITHIN_S = 90
+HEARTBEAT_WITHIN_S = 10
+"""What nodes count is known with their next heartbeat."""
 
 
 run_fault = partial(run_through, max_gap_s=MAX_GAP_S)
@@ -94,7 +96,7 @@ def test_a_paused_expert_node_costs_nothing_but_a_moment(
         run_fault(well, undisturbed, f"{name} paused", pause)
     finally:
         wake.join()
-    assert metric(well, "moemesh_expert_hedges_total") > 0, "late calls were asked of the copy"
+    wait_until(lambda: metric(well, "moemesh_expert_hedges_total") > 0, HEARTBEAT_WITHIN_S, "calls asked of the copy")
     log = well.local.logs(name)
     wait_until(lambda: '"node_rejoining"' in log.read_text(), 20, "the node to hear that it was taken for dead")
     settle(well)
@@ -163,6 +165,6 @@ def test_where_nobody_can_load_them_tokens_go_on_without_if_the_operator_wants_t
             os.kill(pid_of(narrow, "expert-0"), signal.SIGKILL)
         for stream in running.streams:
             assert (stream.broke_off, stream.error, stream.finish_reason) == ("", None, "length")
-        assert metric(narrow, "moemesh_degraded_rows_total") > 0
+        wait_until(lambda: metric(narrow, "moemesh_degraded_rows_total") > 0, HEARTBEAT_WITHIN_S, "rows without experts")
         wait_until(lambda: narrow.client.get("/ready").status_code == 200, READY_AGAIN_WITHIN_S, "all shards")
         assert narrow.client.ask_all(asked) == expected, "whole again"

@@ -1,9 +1,10 @@
-// Attention of bf16 rows where the processor multiplies pairs of bf16: scores by dot products of pairs; softmax and
-// weighted sum in float32. An online softmax over sections of a sequence in position order.
+// Attention of bf16 rows where the processor multiplies pairs of bf16: scores and weighted sum by dot products of
+// pairs, softmax in float32. Weights are rounded to bf16; their sum is of what they were before. An online softmax over
+// sections of a sequence in position order.
 //
-// What decides a row's bits: its scores, pair by pair; one maximum a section, cut at multiples of SECTION positions;
-// the sum of weights in LANES lanes, folded at the end; the weighted sum, key by key. Nothing of it depends on the rows
-// beside it, or on its chunk.
+// What decides a row's bits: its scores, pair by pair of columns; one maximum a section, cut at multiples of SECTION
+// positions; the sum of weights in LANES lanes, folded at the end; the weighted sum, pair by pair of keys, the first of
+// them at an even position. Nothing of it depends on the rows beside it, or on its chunk.
 
 #pragma once
 
@@ -24,8 +25,8 @@ thread_local Buffer section_buffer;
 struct SectionRows {  // of one part: what the fold over sections carries, and this section's part of it
     int count;
     bf16* query;    // [rows, even width]
-    float* out;     // [rows, wide], of each CHUNK of columns first the even ones, then the odd ones
-    float* scores;  // [rows, SECTION], in units of log2; then the weights
+    float* out;     // [rows, wide]
+    float* scores;  // [rows, SECTION], in units of log2; then, at the beginning of each row, the weights in bf16
     int64_t wide;   // whole chunks
     float maxima[PART_ROWS];
     vf sums[PART_ROWS];
@@ -36,8 +37,8 @@ struct Section {
     int64_t width;
     int begin, end;  // its tiles that any row sees
     const bf16 *keys[SECTION_TILES], *values[SECTION_TILES];
-    // What is fetched meanwhile: tiles lie anywhere, so the processor does not foresee them. It is asked for little by
-    // little in all that a section takes, so that memory is never idle.
+    // Where `FETCHES`, what is fetched meanwhile: tiles lie anywhere, so the processor does not foresee them. They are
+    // asked for little by little in all that a section takes, so that memory is never idle.
     const bf16 *next_keys[SECTION_TILES], *next_values[SECTION_TILES];
 };
 
@@ -58,29 +59,38 @@ INLINE vf power_of_2(vf x) {
 INLINE __mmask16 lanes_below(int count) { return (__mmask16)((1u << count) - 1); }
 INLINE __mmask32 columns_below(int64_t count) { return count >= CHUNK ? ~0u : (1u << count) - 1; }
 
+struct Pairing {  // of what lies in two vectors of bf16: pairs of the first halves, and of the second ones
+    __m512i low, high;
+    Pairing() {
+        for (uint32_t i = 0; i < LANES; i++) {
+            ((uint32_t*)&low)[i] = i | (i + 2 * LANES) << 16;
+            ((uint32_t*)&high)[i] = (i + LANES) | (i + 3 * LANES) << 16;
+        }
+    }
+    __attribute__((always_inline)) void operator()(__m512i even, __m512i odd, __m512i* pairs) const {
+        pairs[0] = _mm512_permutex2var_epi16(even, low, odd);
+        pairs[1] = _mm512_permutex2var_epi16(even, high, odd);
+    }
+};
+
 // scores[r][key] = scale * query[r] . keys[key], of TILES tiles from `tile` on. In a tile the keys lie side by side:
 // two of its rows are interleaved to pairs.
-template <int ROWS, int TILES>
+template <bool FETCHES, int ROWS, int TILES>
 __attribute__((noinline)) void score_tiles(const bf16* query, float* scores, float scale, const Section& section,
-                                           int tile, bool fetches) {
-    const bf16* const* ahead = (fetches ? section.next_keys : section.keys) + tile;
-    __m512i low, high;  // where keys 0 to 15 and 16 to 31 of a pair of rows come from
-    for (uint32_t i = 0; i < LANES; i++) {
-        ((uint32_t*)&low)[i] = i | (i + KV_BLOCK) << 16;
-        ((uint32_t*)&high)[i] = (i + LANES) | (i + LANES + KV_BLOCK) << 16;
-    }
+                                           int tile) {
+    const Pairing pairing;
     vf acc[ROWS][2 * TILES] = {};
     const auto columns = [&](int64_t pair, __m512i (&column)[2 * TILES]) {
         const int64_t at = 2 * pair * KV_BLOCK;
         UNROLL for (int t = 0; t < TILES; t++) {
-            __builtin_prefetch(ahead[t] + at);
-            __builtin_prefetch(ahead[t] + at + KV_BLOCK);
+            if constexpr (FETCHES) {
+                __builtin_prefetch(section.next_keys[tile + t] + at);
+                __builtin_prefetch(section.next_keys[tile + t] + at + KV_BLOCK);
+            }
             const bf16* row = section.keys[tile + t] + at;
             const bool is_whole = 2 * pair + 1 < section.width;
-            const __m512i even = _mm512_loadu_si512(row);
             const __m512i odd = is_whole ? _mm512_loadu_si512(row + KV_BLOCK) : _mm512_setzero_si512();
-            column[2 * t] = _mm512_permutex2var_epi16(even, low, odd);
-            column[2 * t + 1] = _mm512_permutex2var_epi16(even, high, odd);
+            pairing(_mm512_loadu_si512(row), odd, column + 2 * t);
         }
     };
     accumulate_pairs(acc, query, padded(section.width, 2), columns, padded(section.width, 2) / 2);
@@ -89,12 +99,12 @@ __attribute__((noinline)) void score_tiles(const bf16* query, float* scores, flo
             store(scores + r * SECTION + tile * KV_BLOCK + v * LANES, acc[r][v] * all(scale));
 }
 
-void score_section(const SectionRows& rows, const Section& section, float scale) {
+template <bool FETCHES> void score_section(const SectionRows& rows, const Section& section, float scale) {
     const auto score = [&](auto tiles, int tile) {
         constexpr int TILES = decltype(tiles)::value;
         in_row_tiles<PAIRED_ROWS / TILES>(rows.count, [&](auto size, int64_t first) {
-            score_tiles<decltype(size)::value, TILES>(rows.query + first * padded(section.width, 2),
-                                                      rows.scores + first * SECTION, scale, section, tile, first == 0);
+            score_tiles<FETCHES, decltype(size)::value, TILES>(rows.query + first * padded(section.width, 2),
+                                                               rows.scores + first * SECTION, scale, section, tile);
         });
     };
     int tile = section.begin;
@@ -104,7 +114,7 @@ void score_section(const SectionRows& rows, const Section& section, float scale)
 }
 
 // scores[r] becomes the weights of the keys that row r sees; a row that sees none is left as it is.
-__attribute__((noinline)) void soften_section(SectionRows& rows, const Section& section) {
+template <bool FETCHES> __attribute__((noinline)) void soften_section(SectionRows& rows, const Section& section) {
     const int last_line = (int)(KV_BLOCK * section.width) - KV_BLOCK;  // where the last line of a tile's values begins
     for (int r = 0; r < rows.count; r++) {
         const int begin = rows.begin[r], end = rows.end[r];
@@ -126,79 +136,91 @@ __attribute__((noinline)) void soften_section(SectionRows& rows, const Section& 
         rows.maxima[r] = maximum;
         vf sum = rows.sums[r];
         for (int i = first; i <= last; i += LANES) {
-            const int line = std::min((4 * r + i % KV_BLOCK / 8) * KV_BLOCK, last_line);
-            const bf16* ahead = section.next_values[i / KV_BLOCK] + line;
-            __builtin_prefetch(ahead);
-            __builtin_prefetch(ahead + KV_BLOCK);
+            if constexpr (FETCHES) {
+                const int line = std::min((4 * r + i % KV_BLOCK / 8) * KV_BLOCK, last_line);
+                const bf16* ahead = section.next_values[i / KV_BLOCK] + line;
+                __builtin_prefetch(ahead);
+                __builtin_prefetch(ahead + KV_BLOCK);
+            }
             const vf weight = power_of_2(load(row + i) - all(maximum));
-            store(row + i, weight);
             sum += weight;
+            _mm256_storeu_si256((__m256i*)((bf16*)row + i), (__m256i)_mm512_cvtneps_pbh((__m512)weight));
         }
         rows.sums[r] = sum;
     }
 }
 
-// out[r] += sum over keys [begin, end) of weights[r][key] * values[key], keys ascending, of CHUNKS chunks of columns.
-template <int ROWS, int CHUNKS>
+// out[r] += sum over keys [begin, end) of weights[r][key] * values[key], pair by pair, of CHUNKS chunks of columns. Of
+// a pair of which one key lies outside, that one's values count as 0: a freed slot may hold anything.
+template <bool FETCHES, int ROWS, int CHUNKS>
 __attribute__((noinline)) void weigh_keys(const SectionRows& rows, int64_t first, const Section& section,
                                           int64_t column, int begin, int end) {
     float* out = rows.out + first * rows.wide + column;
-    const float* weights = rows.scores + first * SECTION;
-    const bf16* const* ahead = first == 0 ? section.next_values : section.values;
+    const bf16* weights = (const bf16*)(rows.scores + first * SECTION);
+    const Pairing pairing;
     vf acc[ROWS][2 * CHUNKS];
     UNROLL for (int r = 0; r < ROWS; r++)
         UNROLL for (int v = 0; v < 2 * CHUNKS; v++) acc[r][v] = load(out + r * rows.wide + v * LANES);
-    __mmask32 there[CHUNKS];
-    UNROLL for (int c = 0; c < CHUNKS; c++) there[c] = columns_below(section.width - column - c * CHUNK);
-    for (int until; begin < end; begin = until) {
-        const int tile = begin / KV_BLOCK, base = tile * KV_BLOCK;
-        until = std::min(end, base + KV_BLOCK);
-        const auto columns = [&](int64_t key, vf (&value)[2 * CHUNKS]) {
-            const int64_t at = key * section.width + column;
+    for (int until, pair = begin & ~1; pair < end; pair = until) {
+        const int tile = pair / KV_BLOCK, in_tile = pair % KV_BLOCK;
+        const bool has_even = pair >= begin, has_odd = pair + 1 < end;
+        until = has_even && has_odd ? std::min(end & ~1, (tile + 1) * KV_BLOCK) : pair + 2;
+        __mmask32 evens[CHUNKS], odds[CHUNKS];
+        UNROLL for (int c = 0; c < CHUNKS; c++) {
+            const __mmask32 there = columns_below(section.width - column - c * CHUNK);
+            evens[c] = has_even ? there : 0;
+            odds[c] = has_odd ? there : 0;
+        }
+        const auto columns = [&](int64_t k, __m512i (&value)[2 * CHUNKS]) {
+            const int64_t at = (in_tile + 2 * k) * section.width + column;
             UNROLL for (int c = 0; c < CHUNKS; c++) {
-                __builtin_prefetch(ahead[tile] + at + c * CHUNK);
-                // bf16 is the upper half of a float: of a pair one column takes a shift, the other a mask.
-                const vu pair = (vu)_mm512_maskz_loadu_epi16(there[c], section.values[tile] + at + c * CHUNK);
-                value[2 * c] = (vf)(pair << 16);
-                value[2 * c + 1] = (vf)(pair & 0xffff0000u);
+                if constexpr (FETCHES) {
+                    __builtin_prefetch(section.next_values[tile] + at + c * CHUNK);
+                    __builtin_prefetch(section.next_values[tile] + at + c * CHUNK + section.width);
+                }
+                const bf16* row = section.values[tile] + at + c * CHUNK;
+                pairing(_mm512_maskz_loadu_epi16(evens[c], row), _mm512_maskz_loadu_epi16(odds[c], row + section.width),
+                        value + 2 * c);
             }
         };
-        accumulate(acc, weights + base, SECTION, columns, begin - base, until - base);
+        accumulate_pairs(acc, weights + pair, 2 * SECTION, columns, (until - pair) / 2);
     }
     UNROLL for (int r = 0; r < ROWS; r++)
         UNROLL for (int v = 0; v < 2 * CHUNKS; v++) store(out + r * rows.wide + v * LANES, acc[r][v]);
 }
 
-template <int CHUNKS> void weigh_columns(const SectionRows& rows, const Section& section, int64_t column) {
-    // A key that a row does not see is left out, not weighed with 0: a freed slot may hold anything. So each row goes
-    // alone over the keys before those that all rows see, all go together over these, each alone over the rest.
+template <bool FETCHES, int CHUNKS>
+void weigh_columns(const SectionRows& rows, const Section& section, int64_t column) {
+    // Each row goes alone over the pairs before those that all rows see, all go together over these, each alone over
+    // the rest: no pair is cut in two. What begins or ends for all at one key, in mid-pair perhaps, does so together.
     in_row_tiles<TILE_ROWS>(rows.count, [&](auto size, int64_t first) {
         constexpr int ROWS = decltype(size)::value;
-        const int low = *std::max_element(rows.begin + first, rows.begin + first + ROWS);
-        const int high = *std::min_element(rows.end + first, rows.end + first + ROWS);
+        const auto [least_begin, most_begin] = std::minmax_element(rows.begin + first, rows.begin + first + ROWS);
+        const auto [least_end, most_end] = std::minmax_element(rows.end + first, rows.end + first + ROWS);
+        const int low = *least_begin == *most_begin ? *most_begin : (*most_begin + 1) & ~1;
+        const int high = *least_end == *most_end ? *least_end : *least_end & ~1;
         const int alone_until = low < high ? low : SECTION;
         for (int64_t r = first; r < first + ROWS; r++) {
             const int end = std::min(alone_until, rows.end[r]);
-            if (rows.begin[r] < end) weigh_keys<1, CHUNKS>(rows, r, section, column, rows.begin[r], end);
+            if (rows.begin[r] < end) weigh_keys<FETCHES, 1, CHUNKS>(rows, r, section, column, rows.begin[r], end);
         }
         if (low >= high) return;
-        weigh_keys<ROWS, CHUNKS>(rows, first, section, column, low, high);
+        weigh_keys<FETCHES, ROWS, CHUNKS>(rows, first, section, column, low, high);
         for (int64_t r = first; r < first + ROWS; r++)
-            if (high < rows.end[r]) weigh_keys<1, CHUNKS>(rows, r, section, column, high, rows.end[r]);
+            if (high < rows.end[r]) weigh_keys<FETCHES, 1, CHUNKS>(rows, r, section, column, high, rows.end[r]);
     });
 }
 
 // Tile `tile` of the section `number`, and the one to fetch meanwhile: as far on in the next section, or in the part
-// `after`. A chunk fetches nothing: its parts read the same tiles one after another, which are near.
+// `after`.
 INLINE void place_tile(const Attention& a, const Part& part, const Part* after, const RowPlaces& places, int64_t number,
                        int tile, Section& section) {
     const bf16 *keys = (const bf16*)a.keys, *values = (const bf16*)a.values;
     const int64_t at = tile_at(a, part, number * SECTION_TILES + tile), further = (number + 1) * SECTION_TILES + tile;
     int64_t next = at;
-    const bool is_chunk = part.rows > a.heads / a.kv_heads;
-    if (!is_chunk && further <= places.last_key / KV_BLOCK) {
+    if (further <= places.last_key / KV_BLOCK) {
         next = tile_at(a, part, further);
-    } else if (!is_chunk && after && number == places.last_key / SECTION) {
+    } else if (after && number == places.last_key / SECTION) {
         const int64_t position = a.positions[token_of(a, *after, 0)];
         const int64_t there = first_seen(a, position) / KV_BLOCK + tile - section.begin;
         if (there <= position / KV_BLOCK) next = tile_at(a, *after, there);
@@ -210,7 +232,7 @@ INLINE void place_tile(const Attention& a, const Part& part, const Part* after, 
 }
 
 // `after`: the part that comes next on this thread, or null.
-void attend_pairs(const Attention& a, const Part& part, const Part* after) {
+template <bool FETCHES> void attend_part(const Attention& a, const Part& part, const Part* after) {
     const int64_t width = a.width, even = padded(width, 2);
     const RowPlaces places(a, part);
     SectionRows rows;
@@ -237,22 +259,24 @@ void attend_pairs(const Attention& a, const Part& part, const Part* after) {
             rows.begin[r] = places.begin_in(r, s * SECTION, SECTION);
             rows.end[r] = places.end_in(r, s * SECTION, SECTION);
         }
-        score_section(rows, section, scale);
-        soften_section(rows, section);
+        score_section<FETCHES>(rows, section, scale);
+        soften_section<FETCHES>(rows, section);
         int64_t column = 0;
-        for (; column + CHUNK < width; column += 2 * CHUNK) weigh_columns<2>(rows, section, column);
-        if (column < width) weigh_columns<1>(rows, section, column);
+        for (; column + CHUNK < width; column += 2 * CHUNK) weigh_columns<FETCHES, 2>(rows, section, column);
+        if (column < width) weigh_columns<FETCHES, 1>(rows, section, column);
     }
     for (int r = 0; r < rows.count; r++) {
         const vf sum[KV_VECTORS] = {rows.sums[r]};
         const vf inverse = all(1.0f / fold_sum(sum));
         bf16* to = (bf16*)a.output + places.values[r];
-        for (int64_t i = 0; i < width; i += CHUNK) {
-            const float* out = rows.out + r * rows.wide + i;
-            const vu evens = rounded_bits(load(out) * inverse), odds = rounded_bits(load(out + LANES) * inverse);
-            _mm512_mask_storeu_epi16(to + i, columns_below(width - i), (__m512i)(evens >> 16 | odds));
-        }
+        for (int64_t i = 0; i < width; i += LANES) put(to + i, load(rows.out + r * rows.wide + i) * inverse, width - i);
     }
+}
+
+INLINE void attend_pairs(const Attention& a, const Part& part, const Part* after) {
+    // A chunk fetches nothing: its parts read the same tiles one after another, which are near.
+    if (part.rows > a.heads / a.kv_heads) attend_part<false>(a, part, after);
+    else attend_part<true>(a, part, after);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -135,13 +135,28 @@ LONG = (530, 300, 1)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "width", "window"), [(8, 2, 64, 0), (6, 1, 40, 270), (3, 3, 7, 0)])
-def test_long_sequence_is_that_of_exact_arithmetic_rounded_once(
+def test_long_sequence_is_that_of_exact_arithmetic_but_for_rounding_weights_and_result_once(
     dtype: torch.dtype, heads: int, kv_heads: int, width: int, window: int
 ) -> None:
     sequences = build(LONG, heads, kv_heads, width, dtype, kernels_for("native"))
     result, reference = sequences.attend(slice(None), window, kernels_for("native")).double(), exact(sequences, window)
-    half_a_step = torch.finfo(dtype).eps / 2 * reference.abs()
-    assert ((result - reference).abs() <= 1.01 * half_a_step + 4e-6).all()
+    half_a_step = torch.finfo(dtype).eps / 2
+    of_weights = half_a_step * exact(replace(sequences, value=sequences.value.abs()), window)
+    assert ((result - reference).abs() <= 1.01 * (half_a_step * reference.abs() + of_weights) + 4e-6).all()
+
+
+def test_a_prompt_is_as_near_to_exact_arithmetic_as_that_of_torch() -> None:
+    """Which rounds weights to bfloat16, too."""
+    sequences = build((1500,), 8, 2, 64, torch.bfloat16, kernels_for("native"))
+    reference, group = exact(sequences, 0), 4
+    query, key, value = (
+        x.transpose(0, 1)[None]
+        for x in (sequences.query, *(x.repeat_interleave(group, 1) for x in (sequences.key, sequences.value)))
+    )
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)[0].transpose(0, 1)
+    ours = sequences.attend(slice(None), 0, kernels_for("native"))
+    errors = [(x.double() - reference).square().mean().sqrt() for x in (ours, theirs)]
+    assert errors[0] <= 1.05 * errors[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
