@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,9 @@ def undisturbed(model: Path) -> Undisturbed:
 
 @pytest.fixture(scope="module")
 def drafting(model: Path, undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedMesh]:
-    answers = [(answer.prompt_token_ids, answer.token_ids) for answer in undisturbed.answers]
+    answers: list[tuple[Sequence[int], Sequence[int]]] = [
+        (answer.prompt_token_ids, answer.token_ids) for answer in undisturbed.answers
+    ]
     for choices in (*undisturbed.bodies.values(), undisturbed.stopped):
         answers += [(PROMPT, choice["token_ids"]) for choice in choices]
     modules = modules_for(answers, tmp_path_factory.mktemp("answers"))

@@ -30,8 +30,9 @@ def modules_for(answers: Sequence[tuple[Sequence[int], Sequence[int]]], folder: 
 def drafting_scheduler(answers: list[tuple[list[int], list[int]]]) -> Any:
     """Makes a scheduler with another drafter than it is given."""
 
-    def make(*args: Any, drafter: object = None, **options: Any) -> Scheduler:
-        return Scheduler(*args, drafter=RecordedDrafter(answers, MOST_TOKENS, RATE), **options)
+    def make(*args: Any, **options: Any) -> Scheduler:
+        options["drafter"] = RecordedDrafter(answers, MOST_TOKENS, RATE)
+        return Scheduler(*args, **options)
 
     return make
 
