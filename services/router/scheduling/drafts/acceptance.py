@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from common.ids import RequestId
 
-FIRST_RATE = 0.5
+FIRST_RATE = 0.3
 """Of a first token, as long as nothing has been seen."""
 PRIOR_WEIGHT = 4.0
 """Tokens for which counts what is taken from elsewhere: places before it, or the pipeline."""

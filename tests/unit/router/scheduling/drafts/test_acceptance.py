@@ -23,7 +23,7 @@ def seen(rate: float, times: int, request: RequestId = A, grade: int = 0, length
     return acceptance
 
 
-def test_before_anything_was_seen_every_token_is_as_likely_right_as_wrong() -> None:
+def test_before_anything_was_seen_every_token_is_rather_wrong() -> None:
     assert Acceptance().rates(A, 0, 6) == [FIRST_RATE] * 6
 
 
