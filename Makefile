@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test slow-test lint type fmt bench bench-peers bench-growth bench-safety bench-parallel bench-collectives bench-hops bench-gaps bench-hosts bench-pipelines bench-long-prompt bench-stalls bench-parity bench-turns bench-router bench-memory bench-bits bench-builds source-counts load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
+.PHONY: help setup run test slow-test lint type fmt bench bench-peers bench-growth bench-safety bench-parallel bench-collectives bench-hops bench-gaps bench-hosts bench-drafts bench-pipelines bench-long-prompt bench-stalls bench-parity bench-turns bench-router bench-memory bench-bits bench-builds source-counts load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
 
 help:
 	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
@@ -28,6 +28,7 @@ help:
 	@echo 'make bench-hops    an expert call, beside a bare round trip of the same bytes'
 	@echo 'make bench-gaps    what stands between the kernels of a layer, with one stream'
 	@echo 'make bench-hosts   two hosts, played by namespaces, beside one on the same cores (needs root)'
+	@echo 'make bench-drafts  drafts that are right at a known rate, and prompt lookup, beside no drafts'
 	@echo 'make bench-pipelines two pipelines beside one, a pinned core and one request in flight each'
 	@echo 'make bench-long-prompt a prompt of 10,240 tokens beside what its products alone take'
 	@echo 'make bench-stalls  how long streams stand still at each kind of loss'
@@ -101,6 +102,9 @@ bench-gaps: $(STAMP)
 
 bench-hosts: $(STAMP)
 	$(VENV_PYTHON) -m tests.benchmarks.hosts $(BENCH_ARGS)
+
+bench-drafts: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.drafts $(BENCH_ARGS)
 
 # Parts of bench-growth, whose report they leave as it is.
 bench-pipelines: $(STAMP)

@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     kv_cache_tokens: int = Field(default=65536, ge=64, description="KV cache of a pipeline, in tokens")
     max_context_tokens: int = Field(default=0, ge=0, description="0: what the model allows")
     pipeline_policy: Literal["least_in_flight", "weighted"] = "least_in_flight"
+    draft_tokens: int = Field(
+        default=0, ge=0, description="tokens that a decoding sequence may guess ahead in a step; 0: none"
+    )
     prefix_cache: Literal["on", "off"] = Field(
         default="on", description="on: a prompt that begins like an earlier one is computed from where they part"
     )

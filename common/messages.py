@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-PROTOCOL_VERSION: Final = 8
+PROTOCOL_VERSION: Final = 9
 """It counts what messages hold: a change that adds a field raises it, and gives the field a default."""
-OLDEST_VERSION: Final = 8
+OLDEST_VERSION: Final = 9
 """Messages of this version are understood too; they may lack the fields that have a default. A change that takes a
 field or a kind away, or gives a field another meaning, raises it as well."""
 
@@ -56,6 +56,7 @@ NO_PENALTIES = TensorFrame("float64", (0, 5), b"")
 NO_TOKEN_COUNTS = TensorFrame("int32", (0, 4), b"")
 NO_BIASES = TensorFrame("float64", (0, 3), b"")
 NOT_ADJUSTED = TensorFrame("int64", (0, 3), b"")
+NO_DRAFTS = TensorFrame("int32", (0,), b"")
 FIRST_CLASS = 1
 """`Step.numeric_class` before any stage has added its own."""
 AWAITED_TOKEN: Final = -1
@@ -64,14 +65,14 @@ AWAITED_TOKEN: Final = -1
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One micro-batch on its way through a pipeline. Q sequences, T tokens in all, S sequences that sample a token."""
+    """One micro-batch on its way through a pipeline. Q sequences, T tokens in all, S sequences that sample tokens."""
 
     hidden: TensorFrame
     """int32 [T] token ids, or AWAITED_TOKEN, towards the first stage; model dtype [T, D] hidden states between
     stages."""
     sequences: TensorFrame
-    """int64 [Q, 6], `records.STEP_SEQUENCE`: sequence id, start position, tokens, blocks known before, new blocks, 1 if
-    it samples."""
+    """int64 [Q, 6], `records.STEP_SEQUENCE`: sequence id, start position, tokens, blocks known before, new blocks, how
+    many of its rows sample, the last ones: 0, 1, or one more than it has drafts."""
     new_blocks: TensorFrame
     """int32 [sum of new blocks]: KV block ids, in order of the sequences."""
     released: TensorFrame
@@ -110,23 +111,27 @@ class Step:
     awaited_step: int = 0
     """Number of the step whose samples stand for AWAITED_TOKEN: the router sent this one before it knew them. The first
     stage begins it, and what comes behind it, once it does. 0: all tokens are told."""
+    drafts: TensorFrame = NO_DRAFTS
+    """int32 [*], of the sequences in their order: the tokens of all rows that sample but the first one of a sequence.
+    They are guesses; the last stage compares them with what it samples."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Last stage -> router: the sampled tokens of a step. P is the largest number of top logprobs asked for. Last stage
-    -> first stage too, where there are several: steps may wait there for these tokens."""
+    """Last stage -> router: the sampled tokens of a step, A in all: one of each sequence that samples, and one more for
+    each draft that was right. P is the largest number of top logprobs asked for. Last stage -> first stage too, where
+    there are several: steps may wait there for these tokens."""
 
     sequence_ids: TensorFrame
-    """int64 [S]."""
+    """int64 [A]: a sequence once for each of its tokens, in their order."""
     token_ids: TensorFrame
-    """int32 [S]."""
+    """int32 [A]."""
     logprobs: TensorFrame
-    """float32 [S] of the sampled tokens, before penalties, temperature and filters."""
+    """float32 [A] of the sampled tokens, before penalties, temperature and filters."""
     top_token_ids: TensorFrame
-    """int32 [S, P]."""
+    """int32 [A, P]."""
     top_logprobs: TensorFrame
-    """float32 [S, P]."""
+    """float32 [A, P]."""
     degraded: TensorFrame = NO_ARRAY
     """uint8 [Q], of all sequences of the step: 1 where a stage went on without an expert; [0] where none did."""
     numeric_class: int = 0

@@ -51,7 +51,7 @@ class StreamingClient:
     record: Callable[[Event], None]
     clock: Callable[[], float]
     is_cold: bool = False
-    """It asks for nothing that was computed for others: what it gets is what they are held against."""
+    """It asks for nothing that was computed for others or guessed: what it gets is what they are held against."""
 
     async def ask(self, operation: str, stream: int, request: ChaosRequest) -> None:
         """Runs one operation from asking to its end, whatever the end is. Raises nothing that the server may cause."""
@@ -224,6 +224,8 @@ class _Connection:
         if client.is_cold or self.request.is_salted:
             headers["Moemesh-Cache-Salt"] = self.answer.operation
         body = self.request.body(client.model)
+        if client.is_cold and client.settings.repeating:
+            body["drafts"] = "off"
         async with client.http.stream("POST", f"{client.url}/v1/completions", json=body, headers=headers) as response:
             yield response
 

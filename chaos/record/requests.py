@@ -19,6 +19,8 @@ WORDS = (
     "loses keeps moves sends takes gives hears one two three many old new late early whole broken"
 ).split()
 SALTED = "salted"
+REPEATED = {"65": 12.0, "66": 11.0, "67": 10.0}
+"""What is added to the logits of these tokens where an answer is to repeat itself; every vocabulary has them."""
 STOP_PAIRS = ("qz", "xj", "zq", "th", "he", "er")
 
 
@@ -44,6 +46,8 @@ class SuiteLoad(Section):
     """Words of that text."""
     salted: Share = 0.0
     """Requests with one choice that have a salt of their own each time: nothing may be found in a cache for them."""
+    repeating: Share = 0.0
+    """Answers of few different tokens, which repeat themselves: tokens are guessed ahead, right and wrong ones."""
     resumable: bool = True
     """Clients ask for streams that they can re-attach to."""
     reattach_within_s: Positive = 60.0
@@ -133,6 +137,9 @@ def _draw(seed: int, number: int, load: SuiteLoad, with_penalties: bool) -> Chao
         common = " ".join(words.choice(WORDS) for _ in range(load.alike_words))
         fields["prompt"] = f"{common} {fields['prompt']}"
     is_salted = also.random() < load.salted and "n" not in fields
+    if random.Random(f"{seed}/drafts/{number}").random() < load.repeating:
+        labels.append("repeating")
+        fields["logit_bias"] = REPEATED
     labels += [SALTED] * is_salted
     return ChaosRequest(f"request-{number}", ", ".join(labels), fields, is_salted)
 

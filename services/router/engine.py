@@ -110,6 +110,8 @@ class GenerationRequest:
     """It finds only what was computed under the same one, and others its own only so."""
     uses_cache: bool = True
     """Whether it may find what was computed for others, and they what is computed for it."""
+    uses_drafts: bool = True
+    """Whether tokens of it may be guessed and checked several at a time; they are the same."""
 
     @property
     def max_num_tokens(self) -> int:
@@ -150,6 +152,10 @@ class Token:
     """A choice's last token has it at least; a stop string ends it at a token of which the mesh does not know that."""
     num_cached_tokens: int = 0
     """A choice's first token has it: how many tokens of the prompt were found in the cache."""
+    is_draft: bool = False
+    """It was guessed, and sampled in the same step as the token before it."""
+    num_rejected_drafts: int = 0
+    """Guesses in its step that were wrong, or came to nothing since one before them was."""
 
 
 @dataclass(frozen=True, slots=True)

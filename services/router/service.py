@@ -51,6 +51,10 @@ from services.router.mesh.metrics import MeshCollector
 from services.router.mesh.placer import ProcessPlacer
 from services.router.mesh.sockets import MeshClient
 from services.router.mesh.steps import Sink, StepFlow
+from services.router.scheduling.drafts.prompt_lookup import PromptLookup
+from services.router.scheduling.drafts.source import DraftSource
+from services.router.scheduling.drafts.step_times import step_shape
+from services.router.scheduling.drafts.worthwhile import WorthwhileDrafter
 from services.router.scheduling.request import Attend
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
@@ -353,7 +357,7 @@ def _mesh_loop(
     settings: Settings, model: Model, storage: _Storage, links: _Links, mailbox: TokenMailbox, placer: ProcessPlacer
 ) -> MeshLoop:
     client, term, journal = links.client, storage.state.term, storage.journal
-    scheduler = _scheduler(settings, term, storage.attention)
+    scheduler = _scheduler(settings, model, term, storage.attention)
     step_deadline_s = settings.step_deadline_ms / 1000
     flow = StepFlow(
         client,
@@ -408,7 +412,12 @@ def _shape(settings: Settings, model: Model) -> MeshShape:
     )
 
 
-def _scheduler(settings: Settings, term: int, attend: Attend) -> Scheduler:
+def draft_source() -> DraftSource:
+    """Returns what guesses at tokens."""
+    return PromptLookup()
+
+
+def _scheduler(settings: Settings, model: Model, term: int, attend: Attend) -> Scheduler:
     scheduling = SchedulerSettings(
         block_tokens=BLOCK_TOKENS,
         max_batch_tokens=settings.max_batch_tokens,
@@ -423,7 +432,10 @@ def _scheduler(settings: Settings, term: int, attend: Attend) -> Scheduler:
         pipeline_policy=settings.pipeline_policy,
         caches_prefixes=settings.prefix_cache == "on",
     )
-    return Scheduler(scheduling, first_number=term << TERM_SHIFT, attend=attend)
+    drafter = None
+    if settings.draft_tokens:
+        drafter = WorthwhileDrafter(draft_source(), step_shape(model.config), settings.draft_tokens)
+    return Scheduler(scheduling, first_number=term << TERM_SHIFT, attend=attend, drafter=drafter)
 
 
 def _welcome(settings: Settings, model: Model, links: _Links) -> Welcome:

@@ -1,6 +1,6 @@
 """What a stage sends on when a step is through. No sockets.
 
-T tokens, D model width, Q sequences of a micro-batch, S of them that sample a token.
+T tokens, D model width, Q sequences of a micro-batch.
 """
 
 from __future__ import annotations
@@ -77,13 +77,15 @@ def _sampled(slot: Slot, finished: Finished, degraded: BoolArray, retried_calls:
     assert batch.sampling is not None
     with torch.inference_mode():
         sampled = sample(finished.output, batch.sampling, slot.sampling_kernels)
-    slot.adjustments.count(batch.sampling.sequence_ids.tolist(), sampled.token_ids.tolist())
+    rows = batch.sampling.accepted_rows(sampled.token_ids)
+    sequence_ids, token_ids = batch.sampling.sequence_ids[rows], sampled.token_ids[rows]
+    slot.adjustments.count(sequence_ids.tolist(), token_ids.tolist())
     return StepResult(
-        sequence_ids=array_to_frame(np.ascontiguousarray(batch.sampling.sequence_ids)),
-        token_ids=array_to_frame(sampled.token_ids),
-        logprobs=array_to_frame(sampled.logprobs),
-        top_token_ids=array_to_frame(sampled.top_token_ids),
-        top_logprobs=array_to_frame(sampled.top_logprobs),
+        sequence_ids=array_to_frame(sequence_ids),
+        token_ids=array_to_frame(token_ids),
+        logprobs=array_to_frame(sampled.logprobs[rows]),
+        top_token_ids=array_to_frame(sampled.top_token_ids[rows]),
+        top_logprobs=array_to_frame(sampled.top_logprobs[rows]),
         degraded=flags_frame(degraded),
         numeric_class=numeric_class,
         retried_calls=retried_calls,

@@ -230,6 +230,20 @@ def take_stale_samples(note_samples: Callable[..., None]) -> Callable[..., None]
     return planted
 
 
+def keep_wrong_drafts(accepted_rows: Callable[..., Any]) -> Callable[..., Any]:
+    """A wrong draft is kept as if it had been sampled, and with it its K and V."""
+    hit = hit_now_and_then(7)
+
+    def planted(self: Any, token_ids: Any) -> Any:
+        if self.drafts is not None:
+            wrong = np.flatnonzero((self.drafts >= 0) & (token_ids != self.drafts))
+            kept = [row for row in wrong.tolist() if hit()]
+            token_ids[kept] = self.drafts[kept]
+        return accepted_rows(self, token_ids)
+
+    return planted
+
+
 def claim_rows_that_are_on_their_way(send_rows: Callable[..., None]) -> Callable[..., None]:
     """Marks that take arrival for order: the rows of each third step reach the mirror a second late, while those of
     later steps come with marks that cover them. Until then their places are empty: blocks that were another request's
@@ -345,6 +359,9 @@ BUGS = {
     ),
     "stale_samples": PlantedBug(
         "stage", "services.stage.slot.early_steps", "EarlySteps", "note_samples", take_stale_samples
+    ),
+    "kept_draft": PlantedBug(
+        "stage", "services.stage.model.micro_batch", "SamplingColumns", "accepted_rows", keep_wrong_drafts
     ),
     "told_only_once": PlantedBug("router", "services.router.control.retelling", "Retelling", "due", tell_nothing_again),
     "files_left_lost": PlantedBug("router", "common.wire.transport", "Transport", "look_after_files", leave_files_lost),

@@ -56,6 +56,7 @@ DAMAGED_FRAMES = {
     "parameters": {"kind": "corrupt", "percent": 10.0, "seed": 7},
 }
 ALIKE = {"alike": 1.0, "salted": 0.4, "requests": 8, "prompt_words": [40, 60]}
+REPEATING = {"repeating": 1.0, "greedy": 0.0, "requests": 8}
 KILLED_STAGE = {"kind": "kill", "victims": {"kind": "stage"}}
 
 
@@ -81,6 +82,7 @@ CASES = {
     "forgotten_salt": Case(("salts",), BLIP, {}, load=ALIKE),
     "kept_evicted": Case(TOKENS, BLIP, {"KV_CACHE_TOKENS": "4096"}, num_faults=4, load=ALIKE),
     "stale_samples": Case(TOKENS, BLIP, {}),
+    "kept_draft": Case(TOKENS, BLIP, {"DRAFT_TOKENS": "4"}, load=REPEATING),
     "unfenced_late_reply": Case(TOKENS, SHORT_PAUSE, {"CALL_RINGS": "off"}),  # it is one of messages
     "hedge_counted_twice": Case(TOKENS, LONG_PAUSE, {}),
     "unchecked_ring": Case(TOKENS, SPOILT_RINGS, {}),
@@ -151,6 +153,15 @@ def test_the_product_as_it_is_has_none_of_these_bugs(healthy: tuple[History, Ref
     states = {verdict.name: verdict.state for verdict in judgement.verdicts}
     named = {name for case in CASES.values() for name in case.verdicts if not case.load}
     assert {name: states[name] for name in named} == dict.fromkeys(named, State.HELD)
+
+
+def test_nor_has_it_one_where_tokens_are_guessed(model: Path, tmp_path: Path) -> None:
+    case = CASES["kept_draft"]
+    history, made = run(case, model, tmp_path, {})
+    judgement = judged(case, history, made.reference)
+    assert {v.name: v.state for v in judgement.verdicts if v.name in (*TOKENS, "leaks_mesh")} == dict.fromkeys(
+        (*TOKENS, "leaks_mesh"), State.HELD
+    )
 
 
 def test_nor_has_it_one_where_prompts_begin_alike(model: Path, tmp_path: Path) -> None:

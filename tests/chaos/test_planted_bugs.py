@@ -26,6 +26,7 @@ from services.router.scheduling.blocks.block_allocator import BlockAllocator
 from services.router.scheduling.blocks.key_chain import KeyChain
 from services.router.scheduling.blocks.prefix_cache import PrefixCache
 from services.stage.experts.rings import Rings
+from services.stage.model.micro_batch import SamplingColumns
 from services.stage.slot.early_steps import EarlySteps
 from tests.chaos import planted_bugs
 from tests.chaos.planted_bugs import BUGS, EVERY, module_of, with_num_rows
@@ -172,6 +173,16 @@ def test_a_stale_sample_is_the_token_before_of_the_same_sequence_and_only_now_an
     assert steps._samples[EVERY] == {1: EVERY - 1, 2: 5}
     note_samples(steps, EVERY + 1, samples_of({1: 4}))
     assert steps._samples[EVERY + 1] == {1: 4}
+
+
+def test_a_wrong_draft_is_kept_now_and_then() -> None:
+    accepted_rows = planted_bugs.keep_wrong_drafts(SamplingColumns.accepted_rows)
+    nothing = np.zeros(3)
+    columns = SamplingColumns(*(nothing,) * 8, drafts=np.array([5, 6, -1], dtype=np.int32))  # type: ignore[arg-type]
+    for number in range(1, 8):
+        token_ids = np.array([4, 6, 7], dtype=np.int32)
+        rows = accepted_rows(columns, token_ids).tolist()
+        assert (rows, token_ids[0]) == (([0], 4) if number < 7 else ([0, 1, 2], 5))
 
 
 def samples_of(samples: dict[int, int]) -> StepResult:

@@ -11,6 +11,9 @@ import pytest
 from tests.support.checkpoints.prompts import random_prompts
 from tests.support.checkpoints.shelf import Shelf
 from tests.support.checkpoints.tiny_checkpoints import MIXTRAL_BF16, QWEN3_TIED_SHARDED_BF16, Recipe
+from tests.support.processes.waiting import wait_until
+from tests.support.served.drafting_router import modules_for
+from tests.support.served.fault_runs import metric
 from tests.support.served.mesh_client import Answer, Ask, MeshClient
 from tests.support.served.served_mesh import served_mesh
 
@@ -128,6 +131,21 @@ def test_answers_differ_from_each_other(plain: PlainAnswers) -> None:
 def test_layout_chunks_and_batches_change_no_bit(plain: PlainAnswers) -> None:
     with served_mesh(plain.checkpoint, {"DTYPE": plain.dtype, **ALL_OTHER.settings}) as mesh:
         assert_same_bits(mesh.client, plain)
+
+
+@pytest.mark.parametrize("layout", [ALL_OTHER, pytest.param(PLAIN, marks=pytest.mark.slow)], ids=str)
+def test_drafts_right_and_wrong_change_no_bit(plain: PlainAnswers, layout: Layout, tmp_path: Path) -> None:
+    modules = modules_for([(answer.prompt_token_ids, answer.token_ids) for answer in plain.together], tmp_path)
+    # Where several steps are in flight, none has drafts.
+    settings = {"DTYPE": plain.dtype, **layout.settings, "MICRO_BATCHES": "1", "PREFIX_CACHE": "off"}
+    with served_mesh(plain.checkpoint, settings, modules=modules) as mesh:
+        assert_same_bits(mesh.client, plain)
+        num_tokens = len(plain.asks[::8] + plain.asks) * MAX_TOKENS
+        wait_until(lambda: metric(mesh, "moemesh_tokens_generated_total") >= num_tokens, 10, "the metrics to say so")
+        num_prefilled = sum(len(answer.prompt_token_ids) for answer in plain.together[::8] + plain.together)
+        num_computed = metric(mesh, "moemesh_tokens_planned_total") - num_prefilled
+        # Without wrong drafts each token but the last one of an answer is computed once.
+        assert num_computed > num_tokens
 
 
 @pytest.mark.slow

@@ -122,6 +122,16 @@ class LiveRequest:
         first = (choice.tokens[:1] for choice in self.choices if choice.planned.request.choice == 0)
         return sum(token.num_cached_tokens for tokens in first for token in tokens)
 
+    @property
+    def num_accepted_drafts(self) -> int:
+        """Counts the tokens that had been guessed, over all choices."""
+        return sum(token.is_draft for choice in self.choices for token in choice.tokens)
+
+    @property
+    def num_rejected_drafts(self) -> int:
+        """Counts the guesses that came to nothing, in the steps of its tokens."""
+        return sum(token.num_rejected_drafts for choice in self.choices for token in choice.tokens)
+
     def start(self) -> None:
         """Asks the mesh for all choices that are not over."""
         for choice in self.choices:

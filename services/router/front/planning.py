@@ -262,6 +262,7 @@ class RequestPlanner:
                     identity.reply_id,
                     cache_salt=request.cache_salt or "",
                     uses_cache=request.cache != "off",
+                    uses_drafts=request.drafts != "off",
                 )
                 choices.append(PlannedChoice(index, generation, stop_strings, echoed_text))
         return PlannedRequest(request, identity, self._settings.system_fingerprint, tuple(choices), misfit)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from common.errors import MoemeshError, RequestError
@@ -34,12 +35,29 @@ def running_usage(num_prompt_tokens: int, num_completion_tokens: int) -> JsonObj
     }
 
 
-def usage_of(
-    planned: PlannedRequest, num_completion_tokens: int, num_cached_tokens: int, extension: JsonObject | None
-) -> JsonObject:
-    """Returns OpenAI's usage object of a reply that is complete, with `extension` as what is not OpenAI's."""
-    usage = running_usage(planned.num_prompt_tokens, num_completion_tokens)
-    usage["prompt_tokens_details"] = {"cached_tokens": num_cached_tokens}
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """What a complete reply took, over all its choices."""
+
+    completion: int
+    cached: int
+    """Of the prompts' tokens, those that were found in the cache."""
+    accepted_drafts: int
+    """Of the completion's tokens, those that had been guessed."""
+    rejected_drafts: int
+    """Guesses that came to nothing."""
+
+
+def usage_of(planned: PlannedRequest, counts: TokenCounts, extension: JsonObject | None) -> JsonObject:
+    """Returns OpenAI's usage object of a reply that is complete, with `extension` as what is not OpenAI's. Drafts show
+    where there were any; those that were rejected are no completion tokens."""
+    usage = running_usage(planned.num_prompt_tokens, counts.completion)
+    usage["prompt_tokens_details"] = {"cached_tokens": counts.cached}
+    if counts.accepted_drafts or counts.rejected_drafts:
+        usage["completion_tokens_details"] = {
+            "accepted_prediction_tokens": counts.accepted_drafts,
+            "rejected_prediction_tokens": counts.rejected_drafts,
+        }
     return usage if extension is None else {**usage, "moemesh": extension}
 
 
@@ -244,11 +262,11 @@ class ChunkEncoder:
             self._add_token_ids(choices[0], event)
         return b"".join(self._chunk(choice, suffix) for choice in choices)
 
-    def usage(self, num_completion_tokens: int, num_cached_tokens: int, extension: JsonObject) -> bytes:
+    def usage(self, counts: TokenCounts, extension: JsonObject) -> bytes:
         """Returns the last chunk if the client asked for it, else b""."""
         if not self._with_usage:
             return b""
-        usage = _ENCODER.encode(usage_of(self._planned, num_completion_tokens, num_cached_tokens, extension))
+        usage = _ENCODER.encode(usage_of(self._planned, counts, extension))
         return f'{self._prefix}],"usage":{usage}}}\n\n'.encode()
 
     def _chunk(self, choice: JsonObject, suffix: str) -> bytes:

@@ -52,6 +52,7 @@ from services.router.front.replies import (
     KEEP_ALIVE_COMMENT,
     ChunkEncoder,
     JsonObject,
+    TokenCounts,
     create_form,
     error_body,
     error_event,
@@ -335,8 +336,7 @@ class ReplySender:
                     break
                 opening = b""
                 events = await reader.next_events(self._keep_alive_interval_s)
-            counts = reader.num_completion_tokens, reader.live.num_cached_tokens
-            yield encoder.usage(*counts, self._extension(reader)) + DONE_EVENT
+            yield encoder.usage(_token_counts(reader), self._extension(reader)) + DONE_EVENT
         except RouterStoppingError:
             return  # without [DONE]: the client comes back for the rest
         except Exception as error:
@@ -350,18 +350,20 @@ class ReplySender:
             planned,
             create_form(planned, self._vocabulary),
             [merge_events(of_choice) for of_choice in events],
-            usage_of(
-                planned,
-                reader.num_completion_tokens,
-                reader.live.num_cached_tokens,
-                self._extension(reader) if is_extended else None,
-            ),
+            usage_of(planned, _token_counts(reader), self._extension(reader) if is_extended else None),
         )
 
     def _extension(self, reader: ReplyReader) -> JsonObject:
         """Returns what `usage` tells beside OpenAI's counts: what it took to finish the reply in spite of losses, and
         whether every token of it is in the journal now."""
         return {**asdict(reader.live.recovery), "durable": self._is_durable(reader.live)}
+
+
+def _token_counts(reader: ReplyReader) -> TokenCounts:
+    live = reader.live
+    return TokenCounts(
+        reader.num_completion_tokens, live.num_cached_tokens, live.num_accepted_drafts, live.num_rejected_drafts
+    )
 
 
 def _choice_so_far(live: LiveRequest, index: int, events: list[ChoiceEvent]) -> JsonObject:

@@ -206,16 +206,18 @@ def count_tokens(data: bytes) -> int:
 
 def token_fields(token: Token) -> tuple[Any, ...]:
     """Returns a token as plain values; those that are mostly empty come last and are left out then."""
+    if token.is_draft or token.num_rejected_drafts:
+        return (*_first_fields(token), token.num_cached_tokens, token.is_draft, token.num_rejected_drafts)
     if token.num_cached_tokens:
-        return (*_all_but_cached(token), token.num_cached_tokens)
+        return (*_first_fields(token), token.num_cached_tokens)
     if token.recovery is not None or token.degraded:
-        return _all_but_cached(token)
+        return _first_fields(token)
     if token.finish_reason is not None:
         return token.token_id, token.logprob, token.top_logprobs, token.finish_reason
     return token.token_id, token.logprob, token.top_logprobs
 
 
-def _all_but_cached(token: Token) -> tuple[Any, ...]:
+def _first_fields(token: Token) -> tuple[Any, ...]:
     counts = token.recovery
     recovery = None if counts is None else (counts.recoveries, counts.replayed_tokens, counts.retried_calls)
     return token.token_id, token.logprob, token.top_logprobs, token.finish_reason, recovery, token.degraded
@@ -226,7 +228,9 @@ def _token(fields: Sequence[Any]) -> Token:
     finish_reason = FinishReason(rest[0]) if rest and rest[0] is not None else None
     recovery = RecoveryCounts(*rest[1]) if len(rest) > 1 and rest[1] is not None else None
     degraded = len(rest) > 2 and bool(rest[2])
-    return Token(token_id, logprob, top, finish_reason, degraded, recovery, rest[3] if len(rest) > 3 else 0)
+    num_cached = rest[3] if len(rest) > 3 else 0
+    is_draft, num_rejected = rest[4:6] if len(rest) > 5 else (False, 0)
+    return Token(token_id, logprob, top, finish_reason, degraded, recovery, num_cached, bool(is_draft), num_rejected)
 
 
 def restored_error(code: str, message: str) -> MoemeshError:

@@ -48,6 +48,10 @@ def _requests(status: MeshStatus) -> Iterator[Metric]:
     for name, text, value in (
         ("moemesh_steps_planned", "Steps sent to pipelines", counters.steps_planned),
         ("moemesh_steps_planned_ahead", "Steps planned before their tokens were known", counters.steps_planned_ahead),
+        ("moemesh_steps_with_drafts", "Steps in which tokens were guessed", counters.steps_with_drafts),
+        ("moemesh_drafts_planned", "Guessed tokens sent to pipelines", counters.drafts_planned),
+        ("moemesh_drafts_accepted", "Guessed tokens that were right", counters.drafts_accepted),
+        ("moemesh_drafts_rejected", "Guessed tokens that came to nothing", counters.drafts_rejected),
         ("moemesh_tokens_planned", "Tokens computed by pipelines, prefill and decode", counters.tokens_planned),
         ("moemesh_tokens_generated", "Tokens sampled", counters.tokens_generated),
         ("moemesh_tokens_recomputed", "Cached tokens given up and computed again", counters.tokens_recomputed),

@@ -30,7 +30,7 @@ def step_message(plan: StepPlan) -> Step:
             len(chunk.token_ids),
             chunk.block_offset,
             len(chunk.new_block_ids),
-            int(chunk.samples),
+            chunk.num_sampling_rows,
         )
         for chunk in plan.chunks
     ]
@@ -46,6 +46,7 @@ def step_message(plan: StepPlan) -> Step:
     token_ids = [token_id for chunk in plan.chunks for token_id in chunk.token_ids]
     new_blocks = [block for chunk in plan.chunks for block in chunk.new_block_ids]
     seeds = [(chunk.sampling.seed, chunk.choice) for chunk in sampled]
+    drafts = [token_id for chunk in sampled for token_id in chunk.draft_token_ids]
     step = Step(
         hidden=array_to_frame(np.array(token_ids, dtype=np.int32)),
         sequences=records_to_frame(sequences, STEP_SEQUENCE),
@@ -57,6 +58,7 @@ def step_message(plan: StepPlan) -> Step:
         previous_step=plan.previous_step,
         numeric_class=FIRST_CLASS,
         awaited_step=plan.awaited_step,
+        drafts=array_to_frame(np.array(drafts, dtype=np.int32)),
     )
     adjusted = adjusted_rows(sampled)
     if not len(adjusted):
@@ -92,8 +94,9 @@ def step_header(plan: StepPlan, router_term: int, time_left_ms: int) -> Header:
     )
 
 
-def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[SequenceId, Token]:
-    """Reads what the last stage drew, by sequence. Raises ProtocolError if it is not what the plan asks for."""
+def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[SequenceId, tuple[Token, ...]]:
+    """Reads what the last stage drew, by sequence: the drafts that were right, and the token after them. Raises
+    ProtocolError if it is not what the plan asks for."""
     ids = frame_to_array(result.sequence_ids, "int64", (None,), "StepResult.sequence_ids").tolist()
     count = len(ids)
     tokens = frame_to_array(result.token_ids, "int32", (count,), "StepResult.token_ids").tolist()
@@ -101,8 +104,8 @@ def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[
     top_ids = frame_to_array(result.top_token_ids, "int32", (count, None), "StepResult.top_token_ids")
     top_logprobs = frame_to_array(result.top_logprobs, "float32", top_ids.shape, "StepResult.top_logprobs")
     wanted = {chunk.sequence_id: chunk.sampling.num_top_logprobs for chunk in plan.chunks if chunk.samples}
-    if wanted.keys() != set(ids) or count != len(wanted):
-        raise ProtocolError(f"StepResult answers {count} sequences, the step asked for {len(wanted)}")
+    if wanted.keys() != set(ids):
+        raise ProtocolError(f"StepResult answers {len(set(ids))} sequences, the step asked for {len(wanted)}")
     if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
         raise ProtocolError(f"StepResult.token_ids holds an id outside [0, {vocab_size})")
     if not (np.isfinite(logprobs).all() and np.isfinite(top_logprobs).all()):
@@ -113,15 +116,29 @@ def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[
             f"StepResult.top_token_ids has {top_ids.shape[1]} columns, the step asked for {num_columns}"
         )
     degraded = computed_by(result, plan).degraded
-    sampled: dict[SequenceId, Token] = {}
+    sampled: dict[SequenceId, list[Token]] = {sequence_id: [] for sequence_id in wanted}
     for row, sequence_id in enumerate(ids):
-        num_top = wanted[sequence_id]
-        if num_top is None:
-            sampled[sequence_id] = Token(tokens[row], degraded=sequence_id in degraded)
-            continue
-        top = zip(top_ids[row, :num_top].tolist(), top_logprobs[row, :num_top].tolist(), strict=True)
-        sampled[sequence_id] = Token(tokens[row], float(logprobs[row]), tuple(top), degraded=sequence_id in degraded)
-    return sampled
+        token = Token(tokens[row], degraded=sequence_id in degraded)
+        if (num_top := wanted[sequence_id]) is not None:
+            top = zip(top_ids[row, :num_top].tolist(), top_logprobs[row, :num_top].tolist(), strict=True)
+            token = replace(token, logprob=float(logprobs[row]), top_logprobs=tuple(top))
+        sampled[sequence_id].append(token)
+    for chunk in plan.chunks:
+        if chunk.samples:
+            _check_accepted(chunk, [token.token_id for token in sampled[chunk.sequence_id]])
+    return {sequence_id: tuple(drawn) for sequence_id, drawn in sampled.items()}
+
+
+def _check_accepted(chunk: ScheduledChunk, token_ids: Sequence[int]) -> None:
+    """Raises ProtocolError unless these are the drafts up to the first wrong one, and the token in place of that."""
+    drafts, num_accepted = chunk.draft_token_ids, len(token_ids) - 1
+    if num_accepted > len(drafts) or tuple(token_ids[:-1]) != drafts[:num_accepted]:
+        raise ProtocolError(
+            f"StepResult answers sequence {chunk.sequence_id} with {len(token_ids)} tokens, of which all but the last "
+            f"must be the first of its {len(drafts)} drafts"
+        )
+    if num_accepted < len(drafts) and token_ids[-1] == drafts[num_accepted]:
+        raise ProtocolError(f"StepResult ends sequence {chunk.sequence_id} with a draft that was right")
 
 
 def computed_by(result: StepResult, plan: StepPlan) -> ComputedBy:

@@ -29,6 +29,7 @@ from services.router.scheduling.admission import num_blocks_for
 from services.router.scheduling.blocks.block_allocator import BlockAllocator
 from services.router.scheduling.blocks.prefix_cache import PrefixCounters
 from services.router.scheduling.blocks.sharing import PrefixSharing
+from services.router.scheduling.drafts.drafting import Drafter, PipelineDrafts
 from services.router.scheduling.pace import UNANSWERED_S, PipelinePace
 from services.router.scheduling.request import Blame, Request, RequestState, going_on_unseen
 from services.router.scheduling.settings import SchedulerSettings
@@ -48,6 +49,8 @@ class StepInFlight:
     """Of one planned ahead: when the step that it waits for was answered, once it was."""
     is_canary: bool = False
     """It carries nothing, and was planned to see whether it is answered."""
+    is_alone: bool = False
+    """None was in flight when it was planned, but for the one whose tokens it waits for."""
     sent_s: float | None = None
     """When the first stage took it; None: it has not taken it yet. The sender notes this here."""
 
@@ -68,12 +71,14 @@ class PipelineSchedule:
         settings: SchedulerSettings,
         blame: Blame,
         prefix_counters: PrefixCounters | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.pipeline = opening.pipeline
         self.generation = opening.generation
         self.num_slots = opening.num_slots
         self.allocator = BlockAllocator(opening.num_blocks, prefix_counters)
         self.prefixes = PrefixSharing(self.allocator, settings.block_tokens, blame, is_on=settings.caches_prefixes)
+        self.drafts = PipelineDrafts(drafter, self.pipeline, self.allocator, settings.max_batch_tokens, blame)
         self.running: list[Request] = []
         """Requests by arrival."""
         self.in_flight: dict[StepId, StepInFlight] = {}
@@ -144,6 +149,8 @@ class PipelineSchedule:
             chunks = self._plan_chunks(step, others, preempted, now_s)
         if not chunks and len(self.held_releases) <= self._settings.max_held_releases:
             return None, preempted
+        if not self._has_just_replayed and not self.in_flight:
+            self.drafts.add_to(step, chunks, self.allocator.num_free - len(self.running))
         computing_slots = self.replay_slots if chunks and self._has_just_replayed else ()
         return self._plan(step, now_s, chunks, computing_slots), preempted
 
@@ -158,6 +165,8 @@ class PipelineSchedule:
         (under_way,) = self.in_flight.values()
         picked = going_on_unseen(under_way.plan, self.running)
         if not 0 < len(picked) <= min(self._decode_share(len(picked)), self._max_decodes()):
+            return None
+        if self.drafts.are_worth_waiting_for(picked):
             return None
         wanted = [self.num_blocks_for(request.num_planned_tokens + 1) - len(request.block_table) for request in picked]
         if sum(wanted) > self.allocator.num_free:
@@ -226,7 +235,8 @@ class PipelineSchedule:
         )
         self._last_planned = step
         self.held_releases.clear()
-        self.in_flight[step] = StepInFlight(plan, tuple(chunks), now_s, is_canary)
+        is_alone = all(other == awaited_step for other in self.in_flight)
+        self.in_flight[step] = StepInFlight(plan, tuple(chunks), now_s, is_canary, is_alone)
         return plan
 
     def _candidates(self) -> list[tuple[Request, int]]:
@@ -358,6 +368,8 @@ class PipelineSchedule:
         self.pace.answered(now_s, has_failed=has_failed, is_canary=in_flight.is_canary)
         if in_flight.plan.chunks and not has_failed:  # others say nothing of how long work takes
             self.pace.measured(in_flight.plan.num_tokens, in_flight.planned_s, now_s)
+            if in_flight.is_alone and all(other.plan.awaited_step == step for other in self.in_flight.values()):
+                self.drafts.note_step(in_flight.plan, now_s - in_flight.planned_s)
         for request in in_flight.requests:
             request.pace.is_disturbed |= has_failed
             self._set_down(request, step)
@@ -372,14 +384,17 @@ class PipelineSchedule:
         now_s: float,
         *,
         is_replay: bool,
+        num_rejected: int,
     ) -> None:
-        """Notes that a chunk of a step that has landed is in the cache: of every slot; or, of a replay, there again."""
+        """Notes that a chunk of a step that has landed is in the cache, but for drafts that were wrong, its last
+        `num_rejected` tokens: of every slot; or, of a replay, there again."""
         if is_replay:
             request.note_replayed(step, len(chunk.token_ids), now_s)
             self.prefixes.note_replayed(request, chunk.start_position)
         else:
             assert chunk.start_position == request.num_computed_tokens, "chunks are answered in their order"
-            request.note_computed(step, len(chunk.token_ids), now_s)
+            num_tokens = len(chunk.token_ids) - num_rejected
+            request.note_computed(step, num_tokens, now_s, is_decode=chunk.is_decode)
         self.prefixes.note_computed(request, chunk, step, computed_by)
 
     def _note_given_up(self, steps: Iterable[StepInFlight], now_s: float) -> None:
@@ -522,10 +537,12 @@ class PipelineSchedule:
         """Raises AssertionError if a block is leaked or held twice, or a request is in steps that do not say so."""
         self.allocator.check_invariants()
         holders = {id(request): request for request in self.running}
+        num_guessed: Counter[int] = Counter()
         for step, in_flight in self.in_flight.items():
             for chunk, request in zip(in_flight.plan.chunks, in_flight.requests, strict=True):
                 assert request.steps.get(step) == len(chunk.token_ids), f"{request.request_id} is not in step {step}"
                 holders[id(request)] = request
+                num_guessed[id(request)] += chunk.num_drafts
                 if not in_flight.plan.computing_slots:
                     self.prefixes.check_is_its_own(request, chunk)
         held = Counter(block_id for request in holders.values() for block_id in request.block_table)
@@ -543,7 +560,7 @@ class PipelineSchedule:
             assert list(request.steps) == sorted(request.steps), f"{request.request_id} is in steps out of order"
             if not request.is_replaying:
                 covered = len(request.block_table) * self._settings.block_tokens
-                least = -1 if request.is_decoding else 0
+                least = -num_guessed[id(request)] - request.is_decoding
                 assert request.num_unplanned_tokens >= least, f"{request.request_id} has more in flight than tokens"
                 assert covered >= request.num_planned_tokens, f"{request.request_id} has more cache than blocks"
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from common.ids import PipelineId, SequenceId, StepId
 from services.router.control.actions import OpenPipeline
 from services.router.scheduling.blocks.prefix_cache import PrefixCounters
+from services.router.scheduling.drafts.drafting import Drafter
 from services.router.scheduling.pipeline_schedule import PipelineSchedule, StepInFlight
 from services.router.scheduling.request import Blame, Request
 from services.router.scheduling.settings import SchedulerSettings
@@ -17,11 +18,16 @@ class PipelineSchedules:
     """All pipelines that are open or suspended."""
 
     def __init__(
-        self, settings: SchedulerSettings, blame: Blame, prefix_counters: PrefixCounters | None = None
+        self,
+        settings: SchedulerSettings,
+        blame: Blame,
+        prefix_counters: PrefixCounters | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self._settings = settings
         self._blame = blame
         self._prefix_counters = prefix_counters
+        self._drafter = drafter
         self.all: dict[PipelineId, PipelineSchedule] = {}
         self._untold_releases: dict[PipelineId, list[SequenceId]] = {}
         """Releases of closed pipelines: a stage that outlives the closing keeps its block tables until it is told."""
@@ -66,7 +72,7 @@ class PipelineSchedules:
     def begin(self, opening: OpenPipeline) -> PipelineSchedule:
         """Returns the suspended one, or a new one that tells of what ran there before. Its owner resumes it."""
         if opening.pipeline not in self.all:
-            schedule = PipelineSchedule(opening, self._settings, self._blame, self._prefix_counters)
+            schedule = PipelineSchedule(opening, self._settings, self._blame, self._prefix_counters, self._drafter)
             schedule.held_releases.extend(self._untold_releases.pop(opening.pipeline, []))
             self.all[opening.pipeline] = schedule
         return self.all[opening.pipeline]

@@ -60,9 +60,9 @@ class Request:
     """Positions whose K and V are in the cache."""
     block_table: list[int] = field(default_factory=list)
     steps: dict[StepId, int] = field(default_factory=dict)
-    """The steps in flight that it is part of, oldest first, with how many of its tokens each has: several only while a
-    prefill runs ahead, or a decode step is planned ahead. One that ended in mid-flight keeps them, and its blocks,
-    until the last of them lands."""
+    """The steps in flight that it is part of, oldest first, with how many of its positions each has: several only while
+    a prefill runs ahead, or a decode step is planned ahead, and never with drafts. One that ended in mid-flight keeps
+    them, and its blocks, until the last of them lands."""
     num_told_blocks: int = 0
     """Blocks of its table that the stages of this generation know."""
     kv_history: list[tuple[int, int]] = field(default_factory=list)
@@ -163,6 +163,17 @@ class Request:
         is_told = not sampling.adjusts(num_generated) or self._told_early == sampling.is_early(num_generated)
         return is_told or not self.steps
 
+    def max_drafts(self, num_unseen: int) -> int:
+        """Returns how many tokens may be guessed to follow those known and so many under way: one more comes with them
+        in any case, and the last stage is told no other biases in between. None of one that has broken a step."""
+        if self.num_failed_steps or self.is_misled:
+            return 0
+        sampling, num_generated = self.generation_request.sampling, len(self.generated_token_ids) + num_unseen
+        stop = sampling.max_tokens
+        if sampling.is_early(num_generated):
+            stop = min(stop, sampling.min_tokens)
+        return max(0, stop - num_generated - 1)
+
     @property
     def is_decoding(self) -> bool:
         """Says whether only its newest token is left to compute."""
@@ -182,12 +193,11 @@ class Request:
         """Counts positions that a cache which is good up to step `mark` holds."""
         return max((stop for step, stop in self.kv_history if step <= mark), default=0)
 
-    def note_computed(self, step: int, num_tokens: int, now_s: float) -> None:
-        """Notes that this many more tokens are in the cache of every slot."""
-        was_decoding = self.is_decoding
+    def note_computed(self, step: int, num_tokens: int, now_s: float, *, is_decode: bool) -> None:
+        """Notes that this many more tokens are in the cache of every slot. `is_decode`: a token after a token."""
         self.num_computed_tokens += num_tokens
         if not self.num_failed_steps or self.num_computed_tokens > self.max_computed_tokens:
-            self.pace.progressed(now_s, is_measure=was_decoding)
+            self.pace.progressed(now_s, is_measure=is_decode)
         if self.steps:  # it waits for the next one already
             self.pace.planned(now_s)
         self.max_computed_tokens = max(self.max_computed_tokens, self.num_computed_tokens)

@@ -8,7 +8,9 @@ keeps its place and its tokens. Tokens come out of `complete` once each, in orde
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
+from dataclasses import replace
 from types import MappingProxyType
 
 from common.errors import ExecutionError, InvalidRequestError, MoemeshError
@@ -16,21 +18,36 @@ from common.ids import PipelineId, RequestId, SequenceId, StepId
 from services.router.control.actions import OpenPipeline
 from services.router.engine import GenerationRequest, Token
 from services.router.scheduling.admission import Admission, CompletionRate, lateness
+from services.router.scheduling.drafts.drafting import Drafter
 from services.router.scheduling.pipeline_schedule import StepInFlight
 from services.router.scheduling.pipeline_schedules import PipelineSchedules
 from services.router.scheduling.pipeline_selection import PipelineSelection
 from services.router.scheduling.request import Attend, Blame, Request, RequestState
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.snapshot import SchedulerCounters, SchedulerSnapshot, pipeline_evidence
-from services.router.scheduling.step_plan import UNKNOWN, ComputedBy, RequestFailure, StepPlan, TokenOutput
+from services.router.scheduling.step_plan import (
+    UNKNOWN,
+    ComputedBy,
+    RequestFailure,
+    ScheduledChunk,
+    StepPlan,
+    TokenOutput,
+)
 from services.router.scheduling.waiting_line import WaitingLine
 
 
 class Scheduler:
     """See the module. Numbers of steps and sequences count up from `first_number`: they ascend over routers' terms."""
 
-    def __init__(self, settings: SchedulerSettings, first_number: int = 0, attend: Attend = lambda name: None) -> None:
-        """`attend` is told which request is being handled, before anything is done for it."""
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        first_number: int = 0,
+        attend: Attend = lambda name: None,
+        drafter: Drafter | None = None,
+    ) -> None:
+        """`attend` is told which request is being handled, before anything is done for it. Without `drafter` no tokens
+        are guessed."""
         self.settings = settings
         self.counters = SchedulerCounters()
         self._admission = Admission(settings)
@@ -38,7 +55,8 @@ class Scheduler:
         self._completion_rate = CompletionRate()
         self._requests: dict[RequestId, Request] = {}
         self._blame = Blame(attend)
-        self._schedules = PipelineSchedules(settings, self._blame, self.counters.prefixes)
+        self._schedules = PipelineSchedules(settings, self._blame, self.counters.prefixes, drafter)
+        self._drafter = drafter
         self._waiting = WaitingLine(self._schedules, self._selection, self._blame, self.counters, first_number)
         self._failures: list[RequestFailure] = []
         self._renewals: list[PipelineId] = []
@@ -161,6 +179,8 @@ class Scheduler:
             self._last_step = plan.step
             self.counters.steps_planned += 1
             self.counters.steps_planned_ahead += plan.awaited_step > 0
+            self.counters.steps_with_drafts += plan.num_drafts > 0
+            self.counters.drafts_planned += plan.num_drafts
             self.counters.tokens_planned += plan.num_tokens
             plans.append(plan)
 
@@ -176,15 +196,15 @@ class Scheduler:
     def complete(
         self,
         step: StepId,
-        sampled: Mapping[SequenceId, Token],
+        sampled: Mapping[SequenceId, Sequence[Token]],
         now_s: float,
         retried_calls: int = 0,
         computed_by: ComputedBy = UNKNOWN,
     ) -> list[TokenOutput]:
-        """Applies an answer. Returns what to journal and deliver, by arrival. That of a step that is not in flight
-        changes nothing.
+        """Applies an answer: of each sequence the drafts that were right, and the token after them. Returns what to
+        journal and deliver, by arrival. That of a step that is not in flight changes nothing.
 
-        A token that is missing from `sampled` counts as a failed step for its request alone.
+        A sequence that is missing from `sampled` counts as a failed step for its request alone.
         """
         in_flight = self._schedules.land(step, now_s)
         if in_flight is None:
@@ -202,18 +222,40 @@ class Scheduler:
                 continue  # planned ahead, and the step before brought no token of it: that is done again
             with self._blame.handling(request):
                 request.num_retried_calls += retried_calls
-                if chunk.samples and chunk.sequence_id not in sampled:
+                tokens = sampled.get(chunk.sequence_id, ()) if chunk.samples else ()
+                if chunk.samples and not tokens:
                     error = ExecutionError(
                         f"pipeline {request.pipeline} answered step {step} without a token for {request.request_id}"
                     )
                     self._retry(request, error, now_s)
                     continue
-                schedule.note_computed(request, chunk, step, computed_by, now_s, is_replay=is_replay)
+                tokens = self._note_tokens(request, chunk, tokens)
+                # Drafts that were right are known before their positions count: blocks are named by their tokens.
+                outputs += [self._accept_token(request, token, now_s) for token in tokens[:-1]]
+                num_rejected = chunk.num_sampling_rows - len(tokens)
+                schedule.note_computed(
+                    request, chunk, step, computed_by, now_s, is_replay=is_replay, num_rejected=num_rejected
+                )
                 self.counters.tokens_replayed += len(chunk.token_ids) * is_replay
-                if chunk.samples:
-                    outputs.append(self._accept_token(request, sampled[chunk.sequence_id], now_s))
+                outputs += [self._accept_token(request, token, now_s) for token in tokens[-1:]]
         self._end_broken(now_s)
         return outputs
+
+    def _note_tokens(self, request: Request, chunk: ScheduledChunk, tokens: Sequence[Token]) -> Sequence[Token]:
+        """Returns the tokens of a chunk with what is to be told of its drafts."""
+        if chunk.num_drafts:
+            *right, last = tokens
+            num_rejected = chunk.num_drafts - len(right)
+            self.counters.drafts_accepted += len(right)
+            self.counters.drafts_rejected += num_rejected
+            tokens = [
+                *(replace(token, is_draft=True) for token in right),
+                replace(last, num_rejected_drafts=num_rejected),
+            ]
+        if self._drafter is not None and tokens:
+            num_before, token_ids = len(request.generated_token_ids), [token.token_id for token in tokens]
+            self._drafter.note_tokens(request.request_id, num_before, token_ids)
+        return tokens
 
     def _start_misled_over(self, request: Request, now_s: float) -> None:
         """Computes it from the beginning, without what it has found, once the last of its steps is back."""
@@ -368,6 +410,8 @@ class Scheduler:
     def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]
         self._admission.release(request.generation_request)
+        if self._drafter is not None:
+            self._drafter.forget(request.request_id)
 
     # After an error of our own
 
@@ -398,6 +442,9 @@ class Scheduler:
                     schedule.withdraw(request)
                 except Exception:  # the pipeline's own check sees what it still holds
                     schedule.running = [other for other in schedule.running if other is not request]
+        if self._drafter is not None:
+            with suppress(Exception):  # it may be what raised
+                self._drafter.forget(request.request_id)
         if self._requests.pop(request.request_id, None) is None and request.state is not RequestState.FINISHED:
             return None  # its client was gone
         request.state = RequestState.FAILED

@@ -39,6 +39,12 @@ class SchedulerCounters:
     steps_planned: int = 0
     steps_planned_ahead: int = 0
     """Those of them whose tokens were not known yet."""
+    steps_with_drafts: int = 0
+    drafts_planned: int = 0
+    """Guessed tokens that were to be computed; where a step failed, it is not known whether they are right."""
+    drafts_accepted: int = 0
+    """Those that were right; each has saved a step of its request."""
+    drafts_rejected: int = 0
     tokens_planned: int = 0
     tokens_generated: int = 0
     tokens_recomputed: int = 0

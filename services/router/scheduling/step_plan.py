@@ -11,7 +11,8 @@ from services.router.engine import SamplingParameters, Token
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
-    """The tokens of one sequence in one step: a decode token or a chunk of its prefill."""
+    """The tokens of one sequence in one step: a decode token, perhaps with drafts behind it, or a chunk of its
+    prefill."""
 
     sequence_id: SequenceId
     token_ids: tuple[int, ...]
@@ -23,7 +24,8 @@ class ScheduledChunk:
     new_block_ids: tuple[int, ...]
     """Blocks `block_offset` and on; together they cover all positions up to the chunk's end."""
     samples: bool
-    """Whether the last stage samples a token after the last one of the chunk (else it only fills the cache)."""
+    """Whether the last stage samples a token after the last one of the chunk (else it only fills the cache), and after
+    each one that drafts follow."""
     sampling: SamplingParameters
     choice: int
     num_generated: int
@@ -33,6 +35,24 @@ class ScheduledChunk:
     token_counts: bytes = b""
     """int32 [*, 3]: token id, times generated, 1 if in the prompt; of a chunk that tells them, with a penalty.
     It says all that the last stage must know of the past, so that a recomputed request draws the same token."""
+    num_drafts: int = 0
+    """How many of `token_ids`, the last ones, are guesses at what the last stage samples after the ones before. It
+    answers with as many tokens as were right, and the one after them."""
+
+    @property
+    def draft_token_ids(self) -> tuple[int, ...]:
+        """Returns the tokens that are guesses."""
+        return self.token_ids[len(self.token_ids) - self.num_drafts :]
+
+    @property
+    def num_sampling_rows(self) -> int:
+        """Counts the rows after which a token is sampled."""
+        return 1 + self.num_drafts if self.samples else 0
+
+    @property
+    def is_decode(self) -> bool:
+        """Says whether only its first token was not computed before, but for guesses."""
+        return self.samples and len(self.token_ids) - self.num_drafts == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +80,13 @@ class StepPlan:
 
     @property
     def only_decodes(self) -> bool:
-        """Says whether it has one token of each sequence, and samples the next one of each."""
+        """Says whether it has one token of each sequence, and samples the next one of each: no drafts."""
         return bool(self.chunks) and all(chunk.samples and len(chunk.token_ids) == 1 for chunk in self.chunks)
+
+    @property
+    def num_drafts(self) -> int:
+        """Counts those of its tokens that are guesses."""
+        return sum(chunk.num_drafts for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)

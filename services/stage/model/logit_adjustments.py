@@ -1,7 +1,8 @@
 """Penalties and biases of the sequences that a last stage samples: told once, kept, counted on from there, and applied.
 
-A step says of each row whether it is told anew or goes on (`Step.adjusted`). What is kept lives as long as the slot's
-generation: with another one, the holder of the slot is told anew.
+A step says of each sequence whether it is told anew or goes on (`Step.adjusted`). What is kept lives as long as the
+slot's generation: with another one, its holder is told anew. A row behind drafts is adjusted as if these had been
+sampled; they are counted once it is known that they were.
 
 They are applied to all rows of a step at once, in vLLM's order: biases, then the repetition penalty (Keskar et al.,
 arXiv 1909.05858), then frequency and presence (OpenAI's formula), and after the temperature min_p (Nguyen et al., arXiv
@@ -11,7 +12,7 @@ V tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,6 +68,20 @@ class CountedTokens:
         self._rows[row, 0] = token_id
         self._rows[row, 1] += 1
 
+    def rows_after(self, token_ids: Sequence[int]) -> Int32Array:
+        """Returns what `rows` would be if these tokens had been generated too."""
+        if not token_ids:
+            return self.rows
+        rows = np.concatenate((self.rows, np.zeros((len(token_ids), 3), dtype=np.int32)))
+        added: dict[int, int] = {}
+        for token_id in token_ids:
+            row = self._row_of.get(token_id)
+            if row is None:
+                row = added.setdefault(token_id, len(self._row_of) + len(added))
+            rows[row, 0] = token_id
+            rows[row, 1] += 1
+        return rows[: len(self._row_of) + len(added)]
+
 
 @dataclass(slots=True)
 class _KeptSequence:
@@ -97,7 +112,7 @@ class KeptAdjustments:
             self._sequences.pop(sequence_id, None)
 
     def count(self, sequence_ids: Iterable[int], token_ids: Iterable[int]) -> None:
-        """Counts the tokens that were sampled, one of each sequence."""
+        """Counts the tokens that were sampled, each of its sequence."""
         for sequence_id, token_id in zip(sequence_ids, token_ids, strict=True):
             kept = self._sequences.get(sequence_id)
             if kept is not None:
@@ -105,11 +120,11 @@ class KeptAdjustments:
                 if kept.counts is not None:
                     kept.counts.add(token_id)
 
-    def apply(self, step: Step, sequence_ids: Int64Array) -> LogitAdjustments | None:
-        """Applies what a step tells, and returns what its rows [S], of these sequences, are adjusted by. None: by
-        nothing.
+    def apply(self, step: Step, sequence_ids: Int64Array, drafts: Sequence[Int32Array] = ()) -> LogitAdjustments | None:
+        """Applies what a step tells, and returns what the rows of these sequences are adjusted by. None: by nothing.
 
-        Raises ProtocolError, also where a row goes on that is not known here, or with another number of tokens.
+        `drafts`: of each sequence, which has one row more than these; empty: none has any. Raises ProtocolError, also
+        where a sequence goes on that is not known here, or with another number of tokens.
         """
         self.release(frame_to_array(step.released, "int64", (None,), "Step.released").tolist())
         adjusted: Int64Array = frame_to_array(step.adjusted, "int64", (None, 3), "Step.adjusted")
@@ -132,7 +147,7 @@ class KeptAdjustments:
                     f"Step.adjusted says that sequence {sequence_id} has {num_generated} tokens, "
                     f"{kept[row].num_generated} were counted here"
                 )
-        return _lay_out(kept, len(sequence_ids))
+        return _lay_out(kept, [own.tolist() for own in drafts] or [[]] * len(sequence_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +198,19 @@ def _check_penalties(penalties: Float64Array, num_rows: int) -> None:
         raise ProtocolError("Step.penalties holds a min_p outside [0, 1], or a repetition penalty that is not above 0")
 
 
-def _lay_out(kept: dict[int, _KeptSequence], num_rows: int) -> LogitAdjustments:
-    dense = np.tile(_NEUTRAL, (num_rows, 1))
+def _lay_out(kept: dict[int, _KeptSequence], drafts: Sequence[list[int]]) -> LogitAdjustments:
+    """`kept`: by place of a sequence. `drafts`: of each; a row is adjusted as if those before it had been sampled."""
+    stops = np.cumsum([len(own) + 1 for own in drafts]).tolist()
+    dense = np.tile(_NEUTRAL, (stops[-1], 1))
     counts, biases = [np.zeros((0, 4), dtype=np.int32)], [np.zeros((0, 3))]
-    for row, sequence in kept.items():
-        dense[row] = sequence.penalties
-        if sequence.counts is not None:
-            counts.append(np.insert(sequence.counts.rows, 0, row, axis=1))
-        biases.append(np.insert(sequence.biases, 0, row, axis=1))
+    for place, sequence in kept.items():
+        own = drafts[place]
+        for num_before in range(len(own) + 1):
+            row = stops[place] - 1 - len(own) + num_before
+            dense[row] = sequence.penalties
+            if sequence.counts is not None:
+                counts.append(np.insert(sequence.counts.rows_after(own[:num_before]), 0, row, axis=1))
+            biases.append(np.insert(sequence.biases, 0, row, axis=1))
     all_biases = np.concatenate(biases)
     return LogitAdjustments(
         min_ps=dense[:, 0],

@@ -1,4 +1,8 @@
-"""A step as flat tensors, and what every stage remembers of each sequence between steps: its block table."""
+"""A step as flat tensors, and what every stage remembers of each sequence between steps: its block table.
+
+A sequence that decodes may bring *drafts*, tokens that are guessed to follow its last one. All of its rows sample then;
+what a row samples counts if all drafts before it are what the rows before it have sampled.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ MAX_TOP_LOGPROBS = 1024
 
 @dataclass(slots=True)
 class MicroBatch:
-    """One step on one stage. T tokens of Q sequences, S of which sample a token; B blocks in the longest table."""
+    """One step on one stage. T tokens of Q sequences; S rows that sample a token; B blocks in the longest table."""
 
     hidden: Tensor
     """int64 [T] token ids on the first stage, model dtype [T, D] elsewhere."""
@@ -60,7 +64,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class SamplingColumns:
-    """What the sampler needs of each of the S rows."""
+    """What the sampler needs of each of the S rows. Those of one sequence follow each other."""
 
     sequence_ids: Int64Array
     positions: Int64Array
@@ -74,6 +78,19 @@ class SamplingColumns:
     choices: Int64Array
     adjustments: LogitAdjustments | None = None
     """Penalties and biases; None where no row has any."""
+    drafts: Int32Array | None = None
+    """The draft that the next row of the same sequence goes on with; -1: it is the last one. None: no row has one."""
+
+    def accepted_rows(self, token_ids: Int32Array) -> Int64Array:
+        """Returns the rows, ascending, whose sampled tokens count, of `token_ids` [S]: each row before them in their
+        sequence has sampled the draft that the next one goes on with."""
+        if self.drafts is None:
+            return np.arange(len(token_ids))
+        misses = token_ids != self.drafts  # the last row of a sequence is one
+        num_before = np.cumsum(misses) - misses
+        is_first = np.append(True, self.drafts[:-1] < 0)
+        firsts = np.flatnonzero(is_first)[np.cumsum(is_first) - 1]
+        return np.flatnonzero(num_before == num_before[firsts])
 
 
 class BlockTables:
@@ -199,14 +216,16 @@ def _lay_out(
     row_sequence, positions, last_rows = _spread(sequences["start"], sequences["num_tokens"], hidden.shape[0])
     slots = padded[row_sequence, positions // block_tokens] * np.int64(block_tokens) + positions % block_tokens
     samples = sequences["samples"] != 0
+    sampling = sequences[samples]
+    sampling_rows, owners = _rows_that_sample(sampling, last_rows[samples])
     return MicroBatch(
         hidden=hidden,
         positions=torch.from_numpy(positions.astype(np.int32)),
         row_sequence=torch.from_numpy(row_sequence),
         block_tables=torch.from_numpy(padded),
         slots=torch.from_numpy(slots),
-        sampling_rows=torch.from_numpy(last_rows[samples]),
-        sampling=_sampling_columns(step, sequences[samples], adjustments),
+        sampling_rows=torch.from_numpy(sampling_rows),
+        sampling=_sampling_columns(step, sampling, owners, positions[sampling_rows] + 1, adjustments),
     )
 
 
@@ -220,7 +239,23 @@ def _spread(starts: Int64Array, counts: Int64Array, num_tokens: int) -> tuple[In
     return np.repeat(np.arange(len(counts), dtype=np.int32), counts), positions, ends - 1
 
 
-def _sampling_columns(step: Step, sequences: Records, kept: KeptAdjustments | None) -> SamplingColumns:
+def _rows_that_sample(sequences: Records, last_rows: Int64Array) -> tuple[Int64Array, Int64Array | slice]:
+    """Returns the rows [S] that sample, and of each the place of its sequence among these; all, where each has one.
+    `last_rows`: of these sequences."""
+    counts = sequences["samples"]
+    if (counts == 1).all():
+        return last_rows, slice(None)
+    if (counts > sequences["num_tokens"]).any():
+        raise ProtocolError("Step.sequences lets more rows of a sequence sample than it has")
+    owners = np.repeat(np.arange(len(counts)), counts)
+    num_behind = np.cumsum(counts)[owners] - 1 - np.arange(len(owners))
+    return last_rows[owners] - num_behind, owners
+
+
+def _sampling_columns(
+    step: Step, sequences: Records, owners: Int64Array | slice, positions: Int64Array, kept: KeptAdjustments | None
+) -> SamplingColumns:
+    """`sequences`: those that sample. `owners`: as `_rows_that_sample` has it. `positions` [S]: of the tokens."""
     sampling = frame_to_records(step.sampling, SAMPLING, len(sequences), "Step.sampling")
     seeds = frame_to_records(step.seeds, SEED, len(sequences), "Step.seeds")
     if len(sampling) and not (
@@ -233,14 +268,29 @@ def _sampling_columns(step: Step, sequences: Records, kept: KeptAdjustments | No
             "Step.sampling holds a number that is not finite, a top_p below 0, or asks for over "
             f"{MAX_TOP_LOGPROBS} logprobs"
         )
+    drafts: Int32Array = frame_to_array(step.drafts, "int32", (len(positions) - len(sequences),), "Step.drafts")
+    if drafts.size and drafts.min() < 0:
+        raise ProtocolError("Step.drafts holds a negative token id")
+    by_sequence = np.split(drafts, np.cumsum(sequences["samples"] - 1)[:-1]) if drafts.size else ()
+    adjustments = None if kept is None else kept.apply(step, sequences["sequence_id"], by_sequence)
+    sampling, seeds = sampling[owners], seeds[owners]
     return SamplingColumns(
-        sequence_ids=sequences["sequence_id"],
-        positions=sequences["start"] + sequences["num_tokens"],
+        sequence_ids=sequences["sequence_id"][owners],
+        positions=positions,
         temperatures=sampling["temperature"],
         top_ps=sampling["top_p"],
         top_ks=sampling["top_k"].astype(np.int64),
         num_top_logprobs=sampling["num_top_logprobs"].astype(np.int64),
         seeds=seeds["seed"],
         choices=seeds["choice"],
-        adjustments=None if kept is None else kept.apply(step, sequences["sequence_id"]),
+        adjustments=adjustments,
+        drafts=_drafts_by_row(drafts, sequences["samples"]) if drafts.size else None,
     )
+
+
+def _drafts_by_row(drafts: Int32Array, counts: Int64Array) -> Int32Array:
+    """Returns [S]: the draft behind each row in its sequence, -1 behind the last one. `counts`: rows by sequence."""
+    by_row = np.zeros(len(drafts) + len(counts), dtype=np.int32)
+    by_row[np.cumsum(counts) - 1] = -1
+    by_row[by_row == 0] = drafts
+    return by_row

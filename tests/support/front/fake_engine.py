@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from services.router.engine import FinishReason, GenerationRequest, Readiness, Token, TokenStream
@@ -39,6 +39,8 @@ class FakeEngine:
     logprob: float = -0.5
     alternatives: tuple[tuple[int, float], ...] = ()
     """Offered as top log-probabilities, cut at the number asked for."""
+    drafts: Mapping[int, tuple[bool, int]] = field(default_factory=dict)
+    """By the number of a choice's token, from 1 on: whether it was guessed, and how many guesses came to nothing."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     asked: list[GenerationRequest] = field(default_factory=list)
     resumed: list[GenerationRequest] = field(default_factory=list)
@@ -114,7 +116,8 @@ class FakeEngine:
             finish_reason = FinishReason.STOP
         elif num_tokens == sampling.max_tokens:
             finish_reason = FinishReason.LENGTH
+        is_draft, num_rejected = self.drafts.get(num_tokens, (False, 0))
+        token = Token(token_id, None, (), finish_reason, is_draft=is_draft, num_rejected_drafts=num_rejected)
         if sampling.num_top_logprobs is None:
-            return Token(token_id, None, (), finish_reason)
-        top = self.alternatives[: sampling.num_top_logprobs]
-        return Token(token_id, self.logprob, top, finish_reason)
+            return token
+        return replace(token, logprob=self.logprob, top_logprobs=self.alternatives[: sampling.num_top_logprobs])

@@ -39,6 +39,7 @@ from services.router.control.stage_roles import StageRoles
 from services.router.engine import GenerationRequest, SamplingParameters, Token
 from services.router.mesh.loop import LoopHooks, MeshLoop, MeshRoles, MeshTerms
 from services.router.mesh.steps import StepFlow
+from services.router.scheduling.drafts.drafting import Drafter
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.stage.slot.early_steps import EarlySteps
@@ -75,7 +76,7 @@ def build_request(name: str, prompt_length: int = 5, max_tokens: int = 4) -> Gen
 
 @dataclass
 class FakeStages:
-    """The stages of one pipeline in one generation: the tokens of each sequence are its cache."""
+    """The stages of one pipeline in one generation: tokens of each sequence, but for wrong drafts, are its cache."""
 
     first_stage: str
     cache: dict[int, list[int]] = field(default_factory=dict)
@@ -101,10 +102,22 @@ class FakeStages:
             own += tokens[:count]
             tokens = tokens[count:]
             if samples:
-                sampled.append((sequence, next_token(own)))
+                sampled += [(sequence, token) for token in drawn(own, samples - 1)]
         result = result_of(sampled)
         self.early_steps.note_samples(header.step, result)
         self.answers.append((result, header))
+
+
+def drawn(own: list[int], num_drafts: int) -> list[int]:
+    """The tokens behind a sequence, the last of whose tokens are drafts; the wrong ones are taken away."""
+    tokens: list[int] = []
+    stop = len(own) - num_drafts
+    while True:
+        tokens.append(next_token(own[:stop]))
+        if own[stop : stop + 1] != tokens[-1:]:
+            del own[stop:]
+            return tokens
+        stop += 1
 
 
 def result_of(sampled: list[tuple[int, int]]) -> StepResult:
@@ -230,6 +243,7 @@ class FakeMesh:
         plans_ahead: bool = False,
         config: ModelConfig | None = None,
         placer: Any = None,
+        drafter: Drafter | None = None,
         **mesh: Any,
     ) -> None:
         """`adopts`: nodes may hold slots of a router before this one. `plans_ahead`: a step may be sent before the one
@@ -244,7 +258,7 @@ class FakeMesh:
         settings = SchedulerSettings(
             block_tokens=shape.block_tokens, prefill_chunk_tokens=CHUNK_TOKENS, plans_ahead=plans_ahead
         )
-        self.scheduler = Scheduler(settings, TERM << 32)
+        self.scheduler = Scheduler(settings, TERM << 32, drafter=drafter)
         self.stages = StageRoles(config, shape, ("tcp://router:9",), "", adopts=adopts)
         self.experts = ExpertRoles(config, shape, 1)
         self.membership = Membership(patience_for(STEP_DEADLINE_S, WELCOME.heartbeat_interval_ms / 1000))

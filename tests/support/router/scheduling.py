@@ -6,6 +6,7 @@ from common.ids import Generation, NodeId, PipelineId
 from services.router.control.actions import OpenPipeline
 from services.router.control.adoption import HeldCache
 from services.router.engine import Token
+from services.router.scheduling.drafts.drafting import Drafter
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import StepPlan, TokenOutput
@@ -14,10 +15,12 @@ from tests.support.router.simulated_pipeline import build_request
 P0, P1 = PipelineId(0), PipelineId(1)
 
 
-def make_scheduler(num_blocks: int = 100, num_slots: int = 1, **changes: object) -> Scheduler:
+def make_scheduler(
+    num_blocks: int = 100, num_slots: int = 1, drafter: Drafter | None = None, **changes: object
+) -> Scheduler:
     """One that plans nothing ahead, so that each step has the tokens of those before it, unless it is told to."""
     fields: dict[str, object] = {"block_tokens": 4, "plans_ahead": False, **changes}
-    scheduler = Scheduler(SchedulerSettings(**fields))  # type: ignore[arg-type]
+    scheduler = Scheduler(SchedulerSettings(**fields), drafter=drafter)  # type: ignore[arg-type]
     open_pipeline(scheduler, P0, Generation(1), num_blocks, num_slots, now_s=0.0)
     return scheduler
 
@@ -47,7 +50,7 @@ def only_plan(scheduler: Scheduler, now_s: float = 0.0) -> StepPlan:
 
 
 def complete(scheduler: Scheduler, plan: StepPlan, token_id: int = 1, now_s: float = 0.0) -> list[TokenOutput]:
-    sampled = {chunk.sequence_id: Token(token_id) for chunk in plan.chunks if chunk.samples}
+    sampled = {chunk.sequence_id: (Token(token_id),) for chunk in plan.chunks if chunk.samples}
     outputs = scheduler.complete(plan.step, sampled, now_s)
     scheduler.check_invariants()
     return outputs

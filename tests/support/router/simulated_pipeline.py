@@ -26,7 +26,7 @@ from services.router.engine import GenerationRequest, SamplingParameters, Token
 from services.router.mesh.step_message import step_message
 from services.router.scheduling.request import count_tokens
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
-from services.stage.model.logit_adjustments import KeptAdjustments
+from services.stage.model.logit_adjustments import KeptAdjustments, LogitAdjustments
 from services.stage.slot.early_steps import EarlySteps
 from services.stage.slot.step_watermark import StepWatermark
 
@@ -144,7 +144,7 @@ class SimulatedPipeline:
         """With all tokens."""
         self._early_steps = EarlySteps()
         self._not_begun: dict[int, StepPlan] = {}
-        self._sampled: dict[StepId, dict[SequenceId, Token]] = {}
+        self._sampled: dict[StepId, dict[SequenceId, tuple[Token, ...]]] = {}
         """What the last stage has sampled in steps that are not answered."""
         self._untold: deque[tuple[StepId, StepResult]] = deque()
         """What of that is on its way to the first stage."""
@@ -329,13 +329,14 @@ class SimulatedPipeline:
 
     def _sample_all(self, plan: StepPlan) -> None:
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
-        sampled = {chunk.sequence_id: Token(self._sample(chunk)) for chunk in sampling}
+        sampled = {chunk.sequence_id: self._sample(chunk) for chunk in sampling}
         self._check_adjustments(plan, sampling)
-        self._adjustments.count(sampled, [token.token_id for token in sampled.values()])
+        drawn = [(sequence_id, token.token_id) for sequence_id, tokens in sampled.items() for token in tokens]
+        self._adjustments.count([sequence_id for sequence_id, _ in drawn], [token_id for _, token_id in drawn])
         self._sampled[plan.step] = sampled
-        self._untold.append((plan.step, _result_of(sampled)))
+        self._untold.append((plan.step, _result_of(drawn)))
 
-    def answer(self, plan: StepPlan) -> dict[SequenceId, Token]:
+    def answer(self, plan: StepPlan) -> dict[SequenceId, tuple[Token, ...]]:
         """The last stage is done with the step."""
         assert not self.before(plan), "it cannot overtake them"
         if plan.step in self._not_begun:
@@ -347,28 +348,36 @@ class SimulatedPipeline:
         return self._sampled.pop(plan.step)
 
     def _check_adjustments(self, plan: StepPlan, sampling: Sequence[ScheduledChunk]) -> None:
-        """What the last stage keeps is what somebody who is told the whole past would have."""
-        told = self._adjustments.apply(step_message(plan), np.array([chunk.sequence_id for chunk in sampling]))
-        for row, chunk in enumerate(sampling):
-            tokens = [self._stages[1].cache[slot] for slot in self._slots(chunk, 0, end_of(chunk))]
-            prompt, generated = np.split(np.array(tokens), [len(tokens) - chunk.num_generated])
-            wanted = chunk.sampling
-            counted = prompt.tolist() if wanted.counts_prompt else []
-            rows = np.frombuffer(count_tokens(counted, generated.tolist()), dtype=np.int32).reshape(-1, 3).tolist()
-            biases = dict(wanted.logit_bias)
-            if wanted.is_early(chunk.num_generated):
-                biases |= dict.fromkeys(wanted.stop_token_ids, -np.inf)
-            has = told is not None and bool(wanted.adjusts(chunk.num_generated))
-            if told is None or not has:
-                assert not has
-                assert not biases
-                continue
-            own = told.bias_places[:, 0] == row
-            assert dict(zip(told.bias_places[own, 1].tolist(), told.biases[own].tolist(), strict=True)) == biases
-            assert told.repetition_penalties[row] == wanted.repetition_penalty
-            assert told.frequency_penalties[row] == wanted.frequency_penalty
-            kept = sorted(told.token_counts[told.token_counts[:, 0] == row, 1:].tolist())
-            assert kept == (rows if wanted.counts_tokens else []), "the last stage counts otherwise"
+        """What the last stage keeps is what somebody who is told the whole past would have, drafts among it."""
+        drafts = [np.array(chunk.draft_token_ids, dtype=np.int32) for chunk in sampling]
+        sequence_ids = np.array([chunk.sequence_id for chunk in sampling])
+        told = self._adjustments.apply(step_message(plan), sequence_ids, drafts)
+        rows = [(chunk, number) for chunk in sampling for number in range(chunk.num_sampling_rows)]
+        for row, (chunk, number) in enumerate(rows):
+            self._check_row_of(told, row, chunk, number)
+
+    def _check_row_of(self, told: LogitAdjustments | None, row: int, chunk: ScheduledChunk, num_before: int) -> None:
+        """Of the row behind so many drafts of the chunk."""
+        stop, num_generated = end_of(chunk) - chunk.num_drafts + num_before, chunk.num_generated + num_before
+        tokens = [self._stages[1].cache[slot] for slot in self._slots(chunk, 0, stop)]
+        prompt, generated = np.split(np.array(tokens), [len(tokens) - num_generated])
+        wanted = chunk.sampling
+        counted = prompt.tolist() if wanted.counts_prompt else []
+        rows = np.frombuffer(count_tokens(counted, generated.tolist()), dtype=np.int32).reshape(-1, 3).tolist()
+        biases = dict(wanted.logit_bias)
+        if wanted.is_early(num_generated):
+            biases |= dict.fromkeys(wanted.stop_token_ids, -np.inf)
+        has = told is not None and bool(wanted.adjusts(num_generated))
+        if told is None or not has:
+            assert not has
+            assert not biases
+            return
+        own = told.bias_places[:, 0] == row
+        assert dict(zip(told.bias_places[own, 1].tolist(), told.biases[own].tolist(), strict=True)) == biases
+        assert told.repetition_penalties[row] == wanted.repetition_penalty
+        assert told.frequency_penalties[row] == wanted.frequency_penalty
+        kept = sorted(told.token_counts[told.token_counts[:, 0] == row, 1:].tolist())
+        assert kept == (rows if wanted.counts_tokens else []), "the last stage counts otherwise"
 
     def _arrive(self, stage: int, plan: StepPlan) -> None:
         self._stages[stage].marks.begin(plan.step, plan.previous_step)
@@ -386,19 +395,26 @@ class SimulatedPipeline:
         cache.update(rows)
         return rows
 
-    def _sample(self, chunk: ScheduledChunk) -> int:
+    def _sample(self, chunk: ScheduledChunk) -> tuple[Token, ...]:
+        """The tokens after the drafts that are right, and the one after these."""
         slots = self._slots(chunk, 0, end_of(chunk))
         tokens = [self._stages[1].cache.get(slot) for slot in slots]
         assert tokens == [self._stages[0].cache.get(slot) for slot in slots], "the stages' caches differ"
-        assert None not in tokens, "a place was never written to"
-        return next_token([token for token in tokens if token is not None], chunk.sampling.seed)
+        known = [token for token in tokens if token is not None]
+        assert len(known) == len(tokens), "a place was never written to"
+        sampled: list[Token] = []
+        for stop in range(len(known) - chunk.num_drafts, len(known) + 1):
+            sampled.append(Token(next_token(known[:stop], chunk.sampling.seed)))
+            if known[stop : stop + 1] != [sampled[-1].token_id]:
+                break
+        return tuple(sampled)
 
 
-def _result_of(sampled: dict[SequenceId, Token]) -> StepResult:
+def _result_of(sampled: Sequence[tuple[SequenceId, int]]) -> StepResult:
     count = len(sampled)
     return StepResult(
-        array_to_frame(np.array(list(sampled), dtype=np.int64)),
-        array_to_frame(np.array([token.token_id for token in sampled.values()], dtype=np.int32)),
+        array_to_frame(np.array([sequence_id for sequence_id, _ in sampled], dtype=np.int64)),
+        array_to_frame(np.array([token_id for _, token_id in sampled], dtype=np.int32)),
         array_to_frame(np.zeros(count, dtype=np.float32)),
         array_to_frame(np.zeros((count, 0), dtype=np.int32)),
         array_to_frame(np.zeros((count, 0), dtype=np.float32)),

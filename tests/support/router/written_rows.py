@@ -30,7 +30,11 @@ class Row(int):
 def prefixes(request: GenerationRequest) -> list[int]:
     """By position, a checksum over the request's tokens up to there."""
     tokens = [*request.prompt_token_ids, *reference_tokens(request)]
-    return list(accumulate(tokens, lambda before, token: zlib.crc32(repr((before, token)).encode()), initial=0))[1:]
+    return list(accumulate(tokens, _prefix_with, initial=0))[1:]
+
+
+def _prefix_with(before: int, token: int) -> int:
+    return zlib.crc32(repr((before, int(token))).encode())
 
 
 class WrittenRows(SimulatedPipeline):
@@ -116,6 +120,7 @@ class WrittenRows(SimulatedPipeline):
         self._experts_of.setdefault(self._advancing.step, set()).add(self.expert_class)
         slots = self._slots(chunk, 0, chunk.start_position)
         earlier = [self._check_row(chunk, cache, position, slot) for position, slot in enumerate(slots)]
+        prefix = earlier[-1].prefix if earlier else 0
         is_clean = all(row.is_clean and row.made_by == made_by for row in earlier)
         is_clean = is_clean and not self._is_degraded(self._advancing, chunk)
         request = self._requests[chunk.sampling.seed]
@@ -126,7 +131,8 @@ class WrittenRows(SimulatedPipeline):
             strict=True,
         ):
             made = Row(chunk.token_ids[position - chunk.start_position])
-            made.position, made.prefix, made.salt = position, prefixes(request)[position], request.cache_salt
+            prefix = _prefix_with(prefix, made)
+            made.position, made.prefix, made.salt = position, prefix, request.cache_salt
             made.made_by, made.is_clean = made_by, is_clean
             rows[slot] = made
         cache.update(rows)

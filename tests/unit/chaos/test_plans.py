@@ -145,7 +145,9 @@ def test_plans_of_all_suites_are_those_of_former_builds(suite: str, seed: int) -
 
 @pytest.mark.parametrize(("suite", "seed"), REQUESTS)
 def test_requests_are_those_of_former_builds(suite: str, seed: int) -> None:
-    load = read_experiment(suite).load.model_copy(update={"alike": 0.0, "salted": 0.0})  # which came later
+    load = read_experiment(suite).load.model_copy(
+        update={"alike": 0.0, "salted": 0.0, "repeating": 0.0}
+    )  # which came later
     found = []
     for with_penalties in (True, False):
         requests = draw_requests(seed, load, with_penalties)

@@ -222,6 +222,8 @@ class GenerationFields(Strict):
     """`off`: it finds nothing that was computed for others, and others nothing of it."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = None
     """It finds only what was computed under the same one, and others its own only so; as in vLLM."""
+    drafts: Annotated[Literal["on", "off"] | None, described('"on" or "off"')] = None
+    """`off`: none of its tokens is guessed ahead. They are the same either way."""
     _left_out: tuple[str, ...] = PrivateAttr(default=())
     """Fields that were left out when the request was read, since they change nothing."""
 

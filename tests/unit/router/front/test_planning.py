@@ -273,11 +273,18 @@ def test_what_a_request_says_of_the_cache_reaches_the_mesh(tokenizer: TextTokeni
     assert plan_chat(tokenizer, cache="off", cache_salt="b").choices[0].request.cache_salt == "b"
 
 
+def test_what_a_request_says_of_drafts_reaches_the_mesh(tokenizer: TextTokenizer) -> None:
+    plans = [plan(tokenizer), plan(tokenizer, drafts="on"), plan(tokenizer, drafts=None), plan(tokenizer, drafts="off")]
+    assert [planned.choices[0].request.uses_drafts for planned in plans] == [True, True, True, False]
+    assert not plan_chat(tokenizer, drafts="off").choices[0].request.uses_drafts
+
+
+@pytest.mark.parametrize("field", ["cache", "drafts"])
 @pytest.mark.parametrize("value", ["no", "", True, 0, "OFF"])
-def test_another_value_of_cache_is_refused_by_its_name(tokenizer: TextTokenizer, value: object) -> None:
-    with pytest.raises(InvalidRequestError, match='`cache`: must be "on" or "off"') as raised:
-        plan(tokenizer, cache=value)
-    assert raised.value.parameter == "cache"
+def test_another_value_of_a_switch_is_refused_by_its_name(tokenizer: TextTokenizer, field: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f'`{field}`: must be "on" or "off"') as raised:
+        plan(tokenizer, **{field: value})
+    assert raised.value.parameter == field
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,23 @@ def test_after_a_restart_a_client_gets_exactly_the_rest(
     run(main())
 
 
+def test_drafts_of_before_a_restart_are_counted_after_it(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    async def main() -> None:
+        said: list[Step] = [*tokenizer.encode(TEXT), EOS]
+        server = Server(tokenizer, tmp_path / "j", [*said[:3], Pause(), *said[3:]])
+        server.engine.drafts = {2: (True, 0), 3: (False, 4)}
+        server.start("POST", COMPLETIONS, RESUMABLE, prompt="hi")
+        await wait_for_tokens(server, 3)
+        server = await server.restarted([*said[:3], Pause(), *said[3:]])
+        server.engine.drafts = {4: (True, 0), 5: (True, 0), 6: (False, 1)}
+        server.engine.gate.set()
+        await wait_for_end(server)
+        usage = (await server.state()).json()["reply"]["usage"]
+        assert usage["completion_tokens_details"] == {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 5}
+
+    run(main())
+
+
 def test_two_clients_on_one_request_both_get_all(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     async def main() -> None:
         script: list[Step] = [*tokenizer.encode("ab"), Pause(), *tokenizer.encode("cd"), EOS]

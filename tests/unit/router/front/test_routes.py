@@ -99,6 +99,29 @@ def test_usage_comes_in_a_chunk_of_its_own_if_asked_for(
 
 
 @pytest.mark.parametrize(("path", "fields"), ROUTES)
+def test_usage_tells_of_drafts_where_there_were_any(
+    tokenizer: TextTokenizer, path: str, fields: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        server = Server(tokenizer)
+        plain = (await server.post(path, **fields)).json()["usage"]
+        assert "completion_tokens_details" not in plain
+        server.engine.drafts = {1: (False, 3), 2: (False, 1), 3: (True, 0), 4: (True, 0), 5: (False, 2)}
+        drafted = {"accepted_prediction_tokens": 4, "rejected_prediction_tokens": 12}
+        asked = {**fields, "n": 2}
+        usage = (await server.post(path, **asked)).json()["usage"]
+        assert usage["completion_tokens_details"] == drafted
+        assert usage["completion_tokens"] == 2 * plain["completion_tokens"], "what was rejected is not part of it"
+        *_, last, _ = (await server.post(path, **asked, stream=True, stream_options={"include_usage": True})).data
+        assert last["usage"]["completion_tokens_details"] == drafted
+        server.engine.drafts = {2: (False, 1)}
+        usage = (await server.post(path, **fields)).json()["usage"]
+        assert usage["completion_tokens_details"] == {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 1}
+
+    run(main())
+
+
+@pytest.mark.parametrize(("path", "fields"), ROUTES)
 def test_every_chunk_tells_the_usage_of_its_choice_so_far_if_asked_for(
     tokenizer: TextTokenizer, path: str, fields: dict[str, Any]
 ) -> None:

@@ -18,6 +18,8 @@ TOKENS = st.builds(
     st.booleans(),
     st.none() | st.builds(RecoveryCounts, COUNTS, COUNTS, COUNTS),
     COUNTS,
+    st.booleans(),
+    COUNTS,
 )
 
 

@@ -12,6 +12,7 @@ from common.ids import NodeId, RequestId
 from common.messages import Failed, Leave
 from common.topology import NodeKind
 from common.wire.transport import LinkEvent
+from tests.support.router.erring_drafter import ErringDrafter
 from tests.support.router.fake_mesh import FakeMesh, build_request, hello_of, reference_tokens
 from tests.support.router.scheduling import is_idle
 
@@ -21,7 +22,8 @@ class Mesh(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mesh = FakeMesh(spares=1, plans_ahead=True)
+        self.expected: dict[RequestId, list[int]] = {}
+        self.mesh = FakeMesh(spares=1, plans_ahead=True, drafter=ErringDrafter(self.expected, 3))
         self.requests: dict[str, Any] = {}
         self.cancelled: set[str] = set()
         self.starts = 0
@@ -74,6 +76,7 @@ class Mesh(RuleBasedStateMachine):
     def submit(self, prompt_length: int, max_tokens: int) -> None:
         name = f"r{len(self.requests)}"
         self.requests[name] = build_request(name, prompt_length, max_tokens)
+        self.expected[RequestId(name)] = reference_tokens(self.requests[name])
         self.mesh.loop.submit(self.requests[name])
 
     @precondition(lambda self: self.requests)

@@ -27,7 +27,7 @@ def step_bytes(plan: StepPlan) -> int:
 
 
 def answer(scheduler: Scheduler, plan: StepPlan) -> None:
-    sampled = {chunk.sequence_id: Token(7) for chunk in plan.chunks if chunk.samples}
+    sampled = {chunk.sequence_id: (Token(7),) for chunk in plan.chunks if chunk.samples}
     scheduler.complete(plan.step, sampled, 0.0)
 
 

@@ -27,7 +27,7 @@ INF = float("inf")
 
 
 def chunk(
-    sequence: int, tokens: int = 1, samples: bool = True, sampling: SamplingParameters = GREEDY
+    sequence: int, tokens: int = 1, samples: bool = True, sampling: SamplingParameters = GREEDY, num_drafts: int = 0
 ) -> ScheduledChunk:
     return ScheduledChunk(
         SequenceId(sequence),
@@ -39,6 +39,7 @@ def chunk(
         sampling,
         1,
         0,
+        num_drafts=num_drafts,
     )
 
 
@@ -79,6 +80,14 @@ def test_a_step_says_what_its_plan_says() -> None:
     assert column(message.seeds, "int64") == [[2**63 - 1, 1], [3, 1]]
 
 
+def test_a_step_with_drafts_says_how_many_rows_sample_and_what_they_go_on_with() -> None:
+    chunks = chunk(1, 4, num_drafts=3), chunk(2, 5, samples=False), chunk(3), chunk(4, 2, num_drafts=1)
+    message = step_message(plan(*chunks))
+    assert [row[2:6:3] for row in column(message.sequences, "int64")] == [[4, 4], [5, 0], [1, 1], [2, 2]]
+    assert column(message.drafts, "int32") == [1, 2, 3, 1]
+    assert column(message.seeds, "int64") == [[3, 1]] * 3, "one row a sequence"
+
+
 def test_a_step_without_chunks_has_all_its_columns() -> None:
     message = step_message(plan(released=(4,)))
     assert message.hidden.shape == message.new_blocks.shape == (0,)
@@ -91,9 +100,14 @@ def test_the_header_fences_the_step() -> None:
 
 
 @settings(deadline=None)
-@given(chunks=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9), st.booleans()), max_size=6))
-def test_every_plan_passes_the_codec(chunks: list[tuple[int, int, bool]]) -> None:
-    made = plan(*(chunk(sequence, tokens, samples) for sequence, tokens, samples in chunks))
+@given(chunks=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9), st.booleans(), st.booleans()), max_size=6))
+def test_every_plan_passes_the_codec(chunks: list[tuple[int, int, bool, bool]]) -> None:
+    made = plan(
+        *(
+            chunk(sequence, tokens, samples, num_drafts=tokens - 1 if drafts and samples else 0)
+            for sequence, tokens, samples, drafts in chunks
+        )
+    )
     message = step_message(made)
     decoded, header = decode([bytes(frame) for frame in encode(message, step_header(made, 1, 2))])
     assert header.step == 9
@@ -116,9 +130,9 @@ def test_tokens_come_back_by_sequence_in_any_order() -> None:
     )
     answer = result([4, 1, 3], [11, 12, 13], [[(1, -0.5), (2, -1.0)], [(3, -0.5)], [(4, -0.25), (5, -2.0), (6, -3.0)]])
     assert sampled_tokens(answer, step, 100) == {
-        1: Token(12),
-        3: Token(13, -6.0, ((4, -0.25), (5, -2.0))),
-        4: Token(11, -8.0, ()),
+        1: (Token(12),),
+        3: (Token(13, -6.0, ((4, -0.25), (5, -2.0))),),
+        4: (Token(11, -8.0, ()),),
     }
 
 
@@ -144,6 +158,37 @@ def test_an_answer_that_does_not_fit_its_plan_is_a_protocol_error(answer: StepRe
         sampled_tokens(answer, plan(chunk(1), chunk(2, samples=False), chunk(3)), 100)
 
 
+def test_drafts_that_were_right_come_back_with_the_token_behind_them() -> None:
+    step = plan(chunk(1, 4, num_drafts=3), chunk(2), chunk(3, 3, num_drafts=2, sampling=DRAWN))  # drafts: 1, 2, 3; 1, 2
+    top = [[(number, -1.0), (number + 1, -2.0)] for number in range(5)]
+    answer = result([1, 1, 2, 3, 3], [1, 7, 8, 1, 9], top)
+    drawn = sampled_tokens(answer, step, 100)
+    assert {sequence: [token.token_id for token in tokens] for sequence, tokens in drawn.items()} == {
+        1: [1, 7],
+        2: [8],
+        3: [1, 9],
+    }
+    assert [token.logprob for token in drawn[SequenceId(3)]] == [-5.0, -4.0]
+    assert [token.top_logprobs[0][0] for token in drawn[SequenceId(3)]] == [3, 4]
+    all_right = sampled_tokens(result([1, 1, 1, 1, 2, 3], [1, 2, 3, 4, 8, 5], top + top[:1]), step, 100)
+    assert [token.token_id for token in all_right[SequenceId(1)]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        pytest.param([1], id="the first draft is right, and nothing follows it"),
+        pytest.param([1, 2], id="so is the second one"),
+        pytest.param([5, 6], id="a token behind a wrong draft"),
+        pytest.param([1, 3, 4], id="a draft that was not made"),
+        pytest.param([1, 2, 3, 4], id="more tokens than there are drafts and one"),
+    ],
+)
+def test_an_answer_that_contradicts_its_drafts_is_a_protocol_error(tokens: list[int]) -> None:
+    with pytest.raises(ProtocolError, match="draft"):
+        sampled_tokens(result([1] * len(tokens), tokens), plan(chunk(1, 3, num_drafts=2)), 100)
+
+
 @pytest.mark.parametrize("logprob", [float("nan"), float("inf"), float("-inf")])
 def test_a_logprob_that_json_cannot_carry_is_a_protocol_error(logprob: float) -> None:
     answer = replace(
@@ -162,9 +207,12 @@ def test_sequences_that_went_on_without_an_expert_are_marked() -> None:
     step = plan(chunk(1), chunk(2))
     flags = array_to_frame(np.array([1, 0], dtype=np.uint8))
     marked = replace(result([2, 1], [11, 12]), degraded=flags)
-    assert {number: token.degraded for number, token in sampled_tokens(marked, step, 20).items()} == {2: False, 1: True}
+    assert {number: token.degraded for number, (token,) in sampled_tokens(marked, step, 20).items()} == {
+        2: False,
+        1: True,
+    }
     plain = sampled_tokens(result([2, 1], [11, 12]), step, 20)
-    assert not any(token.degraded for token in plain.values())
+    assert not any(token.degraded for (token,) in plain.values())
     wrong = replace(marked, degraded=array_to_frame(np.array([1], dtype=np.uint8)))
     with pytest.raises(ProtocolError, match="degraded"):
         sampled_tokens(wrong, step, 20)

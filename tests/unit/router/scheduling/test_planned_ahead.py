@@ -77,7 +77,7 @@ def test_of_a_request_that_has_stopped_the_row_too_many_is_no_token_and_keeps_it
     scheduler = decoding("a", "b")
     now, ahead = scheduler.schedule(0.0)
     (a, b) = now.chunks
-    sampled = {a.sequence_id: replace(TOKEN, token_id=STOP), b.sequence_id: TOKEN}
+    sampled = {a.sequence_id: (replace(TOKEN, token_id=STOP),), b.sequence_id: (TOKEN,)}
     outputs = scheduler.complete(now.step, sampled, 0.0)
     assert [output.token.finish_reason for output in outputs] == [FinishReason.STOP, None]
     scheduler.check_invariants()
@@ -220,7 +220,7 @@ def test_steps_in_flight_when_a_slot_is_lost_are_planned_again_from_the_last_tok
 def test_a_request_without_its_token_is_done_again_once_the_step_ahead_is_back() -> None:
     scheduler = decoding("a", "b")
     now, ahead = scheduler.schedule(0.0)
-    scheduler.complete(now.step, {now.chunks[1].sequence_id: TOKEN}, 0.0)
+    scheduler.complete(now.step, {now.chunks[1].sequence_id: (TOKEN,)}, 0.0)
     scheduler.check_invariants()
     assert [output.request_id for output in complete(scheduler, ahead)] == ["b"]
     again = only_plan(scheduler)

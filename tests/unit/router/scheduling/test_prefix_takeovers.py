@@ -29,9 +29,11 @@ class AlikeMesh(Mesh):
 
     caches_prefixes = True
 
-    def __init__(self, batch_sequences: int = 1, stop_token_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, batch_sequences: int = 1, stop_token_ids: frozenset[int] = frozenset(), most_drafts: int = 0
+    ) -> None:
         self.stop_token_ids = stop_token_ids
-        super().__init__(batch_sequences)
+        super().__init__(batch_sequences, most_drafts)
 
     def make_requests(self) -> list[GenerationRequest]:
         text = tuple(range(14))
@@ -57,11 +59,16 @@ class AlikeMesh(Mesh):
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(moves=MOVES, batch_sequences=st.sampled_from([1, 2, 4, 4]), stop_token_ids=STOPS)
+@given(
+    moves=MOVES,
+    batch_sequences=st.sampled_from([1, 2, 4, 4]),
+    stop_token_ids=STOPS,
+    most_drafts=st.sampled_from([0, 0, 1, 3, 5]),
+)
 def test_every_token_is_right_whoever_takes_over_or_restarts(
-    moves: list[tuple[str, int, int, int]], batch_sequences: int, stop_token_ids: frozenset[int]
+    moves: list[tuple[str, int, int, int]], batch_sequences: int, stop_token_ids: frozenset[int], most_drafts: int
 ) -> None:
-    mesh = AlikeMesh(batch_sequences, stop_token_ids)
+    mesh = AlikeMesh(batch_sequences, stop_token_ids, most_drafts)
     for move in moves:
         mesh.move(*move)
         mesh.scheduler.check_invariants()

@@ -188,7 +188,7 @@ def test_missing_token_counts_as_a_failed_step_of_that_request() -> None:
     scheduler = make_scheduler(max_failed_steps=0)
     add(scheduler, "a", "b")
     plan = only_plan(scheduler)
-    sampled = {plan.chunks[1].sequence_id: Token(3)}
+    sampled = {plan.chunks[1].sequence_id: (Token(3),)}
     outputs = scheduler.complete(plan.step, sampled, 0.0)
     assert [output.request_id for output in outputs] == ["b"]
     (failure,) = scheduler.pop_failures()

@@ -15,6 +15,7 @@ from services.router.engine import FinishReason, GenerationRequest
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import UNKNOWN, ComputedBy, RequestFailure, StepPlan, TokenOutput
+from tests.support.router.erring_drafter import ErringDrafter
 from tests.support.router.scheduling import is_idle, open_pipeline
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
@@ -37,6 +38,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         plans_ahead=st.booleans(),
         policy=st.sampled_from(["least_in_flight", "weighted"]),
         num_blocks=st.integers(4, 14),
+        most_drafts=st.integers(0, 5),
     )
     def start(
         self,
@@ -50,6 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         plans_ahead: bool,
         policy: str,
         num_blocks: int,
+        most_drafts: int,
     ) -> None:
         self.settings = SchedulerSettings(
             block_tokens=block_tokens,
@@ -64,11 +67,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             pipeline_policy=policy,
             caches_prefixes=self.caches_prefixes,
         )
-        self.scheduler = Scheduler(self.settings)
+        self.expected: dict[RequestId, list[int]] = {}
+        self.drafter = ErringDrafter(self.expected, most_drafts)
+        self.scheduler = Scheduler(self.settings, drafter=self.drafter)
         self.now_s = 0.0
         self.generation = 0
         self.requests: dict[RequestId, GenerationRequest] = {}
-        self.expected: dict[RequestId, list[int]] = {}
         self.tokens: dict[RequestId, list[int]] = {}
         self.finish_reasons: dict[RequestId, FinishReason] = {}
         self.cancelled: set[RequestId] = set()
@@ -151,12 +155,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         return len(self.requests)
 
     def put_in_line(self, request: GenerationRequest) -> None:
+        self.expected[request.request_id] = reference_tokens(request)
         try:
             self.scheduler.add(request, self.now_s)
         except (ContextLengthError, OverloadedError):
             return
         self.requests[request.request_id] = request
-        self.expected[request.request_id] = reference_tokens(request)
         self.tokens[request.request_id] = []
 
     @precondition(lambda self: self.requests)
@@ -324,6 +328,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.stages[each.pipeline].num_known_sequences <= self.settings.max_held_releases
         assert seen.num_free_blocks == sum(self.num_blocks[each.pipeline] for each in seen.pipelines)
         assert seen.reserved_tokens == 0
+        assert not self.drafter.num_remembered
 
 
 SchedulerMachine.TestCase.settings = settings(

@@ -13,6 +13,7 @@ from services.router.engine import GenerationRequest
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import StepPlan
+from tests.support.router.erring_drafter import ErringDrafter
 from tests.support.router.scheduling import is_idle, open_pipeline
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
@@ -31,12 +32,20 @@ class Journal:
 class Life:
     """One router after the other over the same two stages."""
 
-    def __init__(self, requests: Sequence[GenerationRequest], num_blocks: int, scheduling: SchedulerSettings) -> None:
+    def __init__(
+        self,
+        requests: Sequence[GenerationRequest],
+        num_blocks: int,
+        scheduling: SchedulerSettings,
+        most_drafts: int,
+    ) -> None:
+        self.expected = {request.request_id: reference_tokens(request) for request in requests}
+        self.most_drafts = most_drafts
         self.requests, self.num_blocks, self.settings = requests, num_blocks, scheduling
         self.journal = Journal({request.request_id: [] for request in requests})
         self.term = 1
         self.num_preemptions = self.most_victims = 0
-        self.scheduler = Scheduler(scheduling, first_number=self.term << TERM_SHIFT)
+        self.scheduler = self.make_scheduler()
         self.stages = SimulatedPipeline(P0, self.generation, num_blocks, scheduling.block_tokens)
         open_pipeline(self.scheduler, P0, self.generation, num_blocks, 2, 0.0)
         for request in requests:
@@ -47,12 +56,16 @@ class Life:
     def generation(self) -> Generation:
         return Generation(self.term << TERM_SHIFT)
 
+    def make_scheduler(self) -> Scheduler:
+        drafter = ErringDrafter(self.expected, self.most_drafts)
+        return Scheduler(self.settings, first_number=self.term << TERM_SHIFT, drafter=drafter)
+
     def restart(self) -> None:
         """The stages are where they were; what was in flight is gone."""
         self.term += 1
         self.in_flight.clear()
         self.num_preemptions += self.scheduler.counters.preemptions
-        self.scheduler = Scheduler(self.settings, first_number=self.term << TERM_SHIFT)
+        self.scheduler = self.make_scheduler()
         for request in self.requests:
             tokens = self.journal.tokens[request.request_id]
             if len(tokens) < request.sampling.max_tokens:
@@ -91,8 +104,8 @@ class Life:
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@example(4, 20, 5, [3, 3, 1], 0, 1, [])
-@example(4, 20, 5, [3, 3, 1], 0, 1, ["plan", "answer"] * 3 + ["restart", "plan", "answer"] * 2)
+@example(4, 20, 5, [3, 3, 1], 0, 1, 0, [])
+@example(4, 20, 5, [3, 3, 1], 0, 1, 3, ["plan", "answer"] * 3 + ["restart", "plan", "answer"] * 2)
 @given(
     block_tokens=st.integers(1, 4),
     old_blocks=st.integers(3, 20),
@@ -100,6 +113,7 @@ class Life:
     young_prompts=st.lists(st.integers(1, 5), min_size=2, max_size=5),
     spare_blocks=st.integers(0, 2),
     micro_batches=st.integers(1, 2),
+    most_drafts=st.integers(0, 4),
     turns=st.lists(st.sampled_from(["plan", "answer", "plan", "answer", "restart"]), max_size=60),
 )
 def test_whoever_is_preempted_wherever_the_router_ends_every_token_comes_once_and_right(
@@ -109,6 +123,7 @@ def test_whoever_is_preempted_wherever_the_router_ends_every_token_comes_once_an
     young_prompts: list[int],
     spare_blocks: int,
     micro_batches: int,
+    most_drafts: int,
     turns: list[str],
 ) -> None:
     # All prompts fit side by side; as soon as the young make tokens, the oldest needs what they hold.
@@ -127,6 +142,7 @@ def test_whoever_is_preempted_wherever_the_router_ends_every_token_comes_once_an
             micro_batches_per_pipeline=micro_batches,
             max_held_releases=1,
         ),
+        most_drafts,
     )
     for turn in turns:
         if turn == "restart":

@@ -12,6 +12,7 @@ from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import UNKNOWN, ComputedBy, StepPlan
 from services.stage.slot.step_watermark import StepWatermark
+from tests.support.router.erring_drafter import ErringDrafter
 from tests.support.router.scheduling import is_idle, open_pipeline
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
@@ -31,7 +32,7 @@ class Mesh:
     num_at_start = 4
     """The requests after these come later."""
 
-    def __init__(self, batch_sequences: int) -> None:
+    def __init__(self, batch_sequences: int, most_drafts: int = 0) -> None:
         """Requests go in micro-batches of so many: of one they overtake each other, of all they are planned ahead."""
         self.settings = SchedulerSettings(
             block_tokens=4,
@@ -42,9 +43,11 @@ class Mesh:
             micro_batches_per_pipeline=3,
             caches_prefixes=self.caches_prefixes,
         )
-        self.scheduler = Scheduler(self.settings)
-        open_pipeline(self.scheduler, P0, Generation(1), NUM_BLOCKS, 2, 0.0)
         self.requests = self.make_requests()
+        self.expected = {request.request_id: reference_tokens(request) for request in self.requests}
+        self.most_drafts = most_drafts
+        self.scheduler = Scheduler(self.settings, drafter=ErringDrafter(self.expected, most_drafts))
+        open_pipeline(self.scheduler, P0, Generation(1), NUM_BLOCKS, 2, 0.0)
         self.stages = self.make_stages()
         self.generation = 1
         self.router_term = 0
@@ -100,7 +103,8 @@ class Mesh:
         held = self.stages.held()
         self.in_flight.clear()
         self.router_term += 1
-        self.scheduler = Scheduler(self.settings, first_number=self.router_term << 32)
+        drafter = ErringDrafter(self.expected, self.most_drafts)
+        self.scheduler = Scheduler(self.settings, first_number=self.router_term << 32, drafter=drafter)
         for request in self.requests[: self.num_added]:
             tokens = self.tokens[request.request_id]
             if tokens != reference_tokens(request):
@@ -148,19 +152,19 @@ class Mesh:
             assert self.tokens[request.request_id] == reference_tokens(request)
 
 
-def run(moves: list[tuple[str, int, int, int]], batch_sequences: int = 1) -> None:
-    mesh = Mesh(batch_sequences)
+def run(moves: list[tuple[str, int, int, int]], batch_sequences: int = 1, most_drafts: int = 0) -> None:
+    mesh = Mesh(batch_sequences, most_drafts)
     for move in moves:
         mesh.move(*move)
     mesh.finish()
 
 
 @settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
-@given(moves=MOVES, batch_sequences=st.sampled_from([1, 2, 4]))
+@given(moves=MOVES, batch_sequences=st.sampled_from([1, 2, 4]), most_drafts=st.integers(0, 4))
 def test_a_mirror_that_takes_over_while_steps_overtake_each_other_never_reads_cache_that_it_lacks(
-    moves: list[tuple[str, int, int, int]], batch_sequences: int
+    moves: list[tuple[str, int, int, int]], batch_sequences: int, most_drafts: int
 ) -> None:
-    run(moves, batch_sequences)
+    run(moves, batch_sequences, most_drafts)
 
 
 class MarkOfTheNewest(StepWatermark):

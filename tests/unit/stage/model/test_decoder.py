@@ -154,6 +154,27 @@ def test_chunks_of_one_prompt_that_are_under_way_together_have_its_bits(recipe: 
 
 
 @pytest.mark.parametrize("kernels", KERNEL_CHOICES)
+@pytest.mark.parametrize("recipe", [QWEN3, MIXTRAL_SLIDING_TIED, QWEN3_DENSE_LAYERS], ids=lambda recipe: recipe.name)
+def test_a_row_has_its_bits_with_drafts_behind_it_and_wrong_ones_leave_nothing(
+    recipe: Recipe, kernels: str, made: Made
+) -> None:
+    """Across the end of a block. The row behind wrong drafts stands where the first of them stood."""
+    directory, _ = made(recipe)
+    whole = LocalPipeline(directory, kernels=kernels_for(kernels)).logits([Chunk(1, TOKENS)])
+    pipeline = LocalPipeline(directory, pp=2, kernels=kernels_for(kernels))
+    place = 57
+    pipeline.logits([Chunk(1, TOKENS[:place])])
+    for num_right in (0, 2, 1, 0, 3):
+        right, others = TOKENS[place : place + 1 + num_right], TOKENS[place + 1 + num_right : place + 4]
+        drafted = (*right, *((token + 1) % pipeline.config.vocab_size for token in others))
+        logits = pipeline.logits([Chunk(9, (5,)), Chunk(1, drafted), Chunk(8, TOKENS[:3])])[1 : 1 + len(right)]
+        assert torch.equal(logits, whole[place : place + len(right)])
+        place += len(right)
+        pipeline.lengths[1] = place
+    assert place == 68
+
+
+@pytest.mark.parametrize("kernels", KERNEL_CHOICES)
 def test_the_rows_that_sample_have_the_logits_that_they_have_among_all(kernels: str, made: Made) -> None:
     directory, _ = made(QWEN3)
     pipeline = LocalPipeline(directory, kernels=kernels_for(kernels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,48 @@ def test_tokens_counted_on_are_those_counted_anew(told: list[int], sampled: list
         counted.add(token_id)
     anew = np.frombuffer(count_tokens([5, 6], told + sampled), dtype=np.int32).reshape(-1, 3)
     assert sorted(counted.rows.tolist()) == anew.tolist()
+
+
+@given(
+    told=st.lists(st.integers(0, 9), max_size=12),
+    drafts=st.lists(st.lists(st.integers(0, 12), max_size=4), min_size=2, max_size=2),
+)
+def test_a_row_behind_drafts_is_adjusted_as_if_they_had_been_sampled_and_they_are_not_counted(
+    told: list[int], drafts: list[list[int]]
+) -> None:
+    """Two sequences: of the first one tokens are counted, the other one has a bias."""
+
+    def kept_after(token_ids: list[int]) -> KeptAdjustments:
+        kept = KeptAdjustments()
+        counts = np.frombuffer(count_tokens([5], told), dtype=np.int32).reshape(-1, 3)
+        penalties = np.array([(0, 0.1, 0.5, 0.25, 1.2)])
+        anew = replace(
+            step_of(adjusted=[(0, len(told), 1), (1, 3, 1)], biases=[(1, 4, 2.0)]),
+            penalties=array_to_frame(penalties),
+            token_counts=array_to_frame(np.insert(counts, 0, 0, axis=1)),
+        )
+        kept.apply(anew, np.array([7, 8]))
+        kept.count([7] * len(token_ids), token_ids)
+        return kept
+
+    step = step_of(adjusted=[(0, len(told), 0), (1, 3, 0)])
+    kept = kept_after([])
+    made = kept.apply(step, np.array([7, 8]), [np.array(own, dtype=np.int32) for own in drafts])
+    assert made is not None
+    for number in range(len(drafts[0]) + 1):
+        behind = drafts[0][:number]
+        alone = kept_after(behind).apply(step_of(adjusted=[(0, len(told) + number, 0)]), np.array([7]))
+        assert alone is not None
+        own = made.token_counts[made.token_counts[:, 0] == number, 1:]
+        assert sorted(own.tolist()) == sorted(alone.token_counts[:, 1:].tolist())
+    num_first, num_rows = len(drafts[0]) + 1, len(drafts[0]) + len(drafts[1]) + 2
+    assert made.bias_places.tolist() == [[row, 4] for row in range(num_first, num_rows)]
+    assert made.repetition_penalties.tolist() == [1.2] * num_first + [1.0] * (num_rows - num_first)
+    again = kept.apply(step, np.array([7, 8]))
+    assert again is not None, "the drafts have not been counted"
+    assert sorted(again.token_counts[:, 1:].tolist()) == sorted(
+        np.frombuffer(count_tokens([5], told), dtype=np.int32).reshape(-1, 3).tolist()
+    )
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def step(
     released: list[int] | None = None,
     sampling: list[tuple[float, ...]] | None = None,
     seeds: list[tuple[int, int]] | None = None,
+    drafts: list[int] | None = None,
 ) -> Step:
     num_samples = sum(sequence[5] != 0 for sequence in sequences)
     return Step(
@@ -40,6 +41,7 @@ def step(
         released=frame(released or [], "int64"),
         sampling=frame([(0.0, 1.0, 0.0, -1.0)] * num_samples if sampling is None else sampling, "float64", 4),
         seeds=frame([(1, 0)] * num_samples if seeds is None else seeds, "int64", 2),
+        drafts=frame(drafts or [], "int32"),
     )
 
 
@@ -63,6 +65,68 @@ def test_positions_tables_and_slots_of_a_mixed_step() -> None:
     assert batch.sampling is not None
     assert batch.sampling.sequence_ids.tolist() == [7]
     assert batch.sampling.positions.tolist() == [6], "of the token to be sampled"
+
+
+def test_all_rows_of_a_sequence_with_drafts_sample_each_at_its_position() -> None:
+    known = tables()
+    read(step([(7, 0, 5, 0, 2, 0), (8, 0, 1, 0, 1, 0)], [3, 9, 4]), known)
+    batch = read(
+        step(
+            [(7, 5, 3, 2, 0, 3), (6, 0, 2, 0, 1, 0), (8, 1, 1, 1, 0, 1), (9, 0, 4, 0, 1, 2)],
+            [1, 2],
+            seeds=[(1, 0), (2, 0), (3, 1)],
+            drafts=[11, 12, 13],
+        ),
+        known,
+    )
+    assert batch.positions.tolist() == [5, 6, 7, 0, 1, 1, 0, 1, 2, 3]
+    assert batch.sampling_rows.tolist() == [0, 1, 2, 5, 8, 9]
+    columns = batch.sampling
+    assert columns is not None
+    assert columns.sequence_ids.tolist() == [7, 7, 7, 8, 9, 9]
+    assert columns.positions.tolist() == [6, 7, 8, 2, 3, 4], "of the tokens to be sampled"
+    assert list(zip(columns.seeds.tolist(), columns.choices.tolist(), strict=True)) == [
+        *[(1, 0)] * 3, (2, 0), (3, 1), (3, 1),
+    ]  # fmt: skip
+    assert columns.drafts is not None
+    assert columns.drafts.tolist() == [11, 12, -1, -1, 13, -1]
+
+
+@pytest.mark.parametrize(
+    ("sequence", "drafts"),
+    [
+        pytest.param((7, 0, 2, 0, 1, 3), [1, 2], id="more rows than there are"),
+        pytest.param((7, 0, 3, 0, 1, 3), [1], id="too few drafts"),
+        pytest.param((7, 0, 3, 0, 1, 1), [1], id="drafts of nobody"),
+        pytest.param((7, 0, 3, 0, 1, 0), [1], id="drafts where nobody samples"),
+        pytest.param((7, 0, 3, 0, 1, 3), [1, -1], id="a draft that is no token"),
+    ],
+)
+def test_drafts_that_do_not_go_with_the_rows_that_sample_are_refused(
+    sequence: tuple[int, ...], drafts: list[int]
+) -> None:
+    with pytest.raises(ProtocolError, match=r"Step\.(drafts|sequences)"):
+        read(step([sequence], [3], drafts=drafts), tables())
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=5), max_size=5))
+def test_a_row_counts_while_all_rows_of_its_sequence_before_it_have_sampled_their_drafts(
+    sequences: list[list[tuple[int, int]]],
+) -> None:
+    """Sampled token and draft of each row; the last draft is of no row."""
+    rows: list[tuple[int, ...]] = [(7 + place, 0, len(own), 0, 2, len(own)) for place, own in enumerate(sequences)]
+    drafts = [draft for own in sequences for _, draft in own[:-1]]
+    columns = read(step(rows, [0, 1] * len(rows), drafts=drafts), tables()).sampling
+    assert columns is not None
+    expected, place = [], 0
+    for own in sequences:
+        is_right = True
+        for number, (token, draft) in enumerate(own):
+            expected += [place + number] * is_right
+            is_right = is_right and token == draft
+        place += len(own)
+    token_ids = np.array([token for own in sequences for token, _ in own], dtype=np.int32)
+    assert columns.accepted_rows(token_ids).tolist() == expected
 
 
 @pytest.mark.parametrize("keeps_released", [False, True])

@@ -41,7 +41,7 @@ def columns(rows: int, **values: Any) -> SamplingColumns:
 
 
 def pick(source: SamplingColumns, rows: Any) -> SamplingColumns:
-    names = [name for name in SamplingColumns.__slots__ if name != "adjustments"]
+    names = [name for name in SamplingColumns.__slots__ if name not in ("adjustments", "drafts")]
     return SamplingColumns(**{name: getattr(source, name)[rows] for name in names})
 
 

@@ -35,7 +35,7 @@ def go_on(scheduler: Scheduler, computed_by: ComputedBy = CLASS) -> list[tuple[S
     """Answers what can be planned now. A token is 50."""
     answered = []
     for plan in scheduler.schedule(0.0):
-        sampled = {chunk.sequence_id: Token(50) for chunk in plan.chunks if chunk.samples}
+        sampled = {chunk.sequence_id: (Token(50),) for chunk in plan.chunks if chunk.samples}
         outputs = scheduler.complete(plan.step, sampled, 0.0, computed_by=computed_by)
         scheduler.check_invariants()
         answered.append((plan, [output.token for output in outputs]))
@@ -131,7 +131,7 @@ def test_who_has_found_what_another_class_has_computed_starts_over_before_its_fi
     assert [plan.chunks[0].start_position for plan in plans[:2]] == ([8, 9] if length == 9 else [8, 12])
     for plan in plans:
         assert not scheduler.schedule(0.0), "it goes on no further"
-        sampled = {chunk.sequence_id: Token(50) for chunk in plan.chunks if chunk.samples}
+        sampled = {chunk.sequence_id: (Token(50),) for chunk in plan.chunks if chunk.samples}
         assert not scheduler.complete(plan.step, sampled, 0.0, computed_by=ComputedBy(8))
         scheduler.check_invariants()
     chunks, found = finish(scheduler, CLASS)

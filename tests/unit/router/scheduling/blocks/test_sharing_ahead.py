@@ -41,7 +41,7 @@ def answer(
 ) -> list[TokenOutput]:
     """Answers a step; `tokens` by place in it, else all are TOKEN."""
     sampled = {
-        chunk.sequence_id: Token((tokens or {}).get(place, TOKEN))
+        chunk.sequence_id: (Token((tokens or {}).get(place, TOKEN)),)
         for place, chunk in enumerate(plan.chunks)
         if chunk.samples
     }

@@ -1,0 +1,1 @@
+"""Tests of drafts: where they come from, and how many there are."""
