@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test slow-test lint type fmt bench bench-peers bench-growth bench-safety bench-parallel bench-collectives bench-hops bench-gaps bench-hosts bench-drafts bench-pipelines bench-long-prompt bench-stalls bench-parity bench-turns bench-router bench-memory bench-bits bench-builds source-counts load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
+.PHONY: help setup run test slow-test lint type fmt bench bench-peers bench-agents bench-cache bench-growth bench-safety bench-parallel bench-collectives bench-hops bench-gaps bench-hosts bench-drafts bench-pipelines bench-long-prompt bench-stalls bench-parity bench-turns bench-router bench-memory bench-bits bench-builds source-counts load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
 
 help:
 	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
@@ -21,6 +21,8 @@ help:
 	@echo 'make lint type fmt ruff, mypy --strict, ruff format'
 	@echo 'make bench         TTFT, TPOT and tokens/s through HTTP, beside transformers on the same weights'
 	@echo 'make bench-peers   the mesh beside llama.cpp, vLLM, OpenVINO and transformers (BENCH_ARGS="--quick")'
+	@echo 'make bench-agents  conversations that begin alike, on the mesh, llama.cpp and vLLM (BENCH_ARGS="--quick")'
+	@echo 'make bench-cache   what the prefix cache brings with a hit, and costs without one, in pairs'
 	@echo 'make bench-growth  how times grow with streams, context, experts and stages (BENCH_ARGS="--quick")'
 	@echo 'make bench-safety  what the journal, mirrors and exact sums cost'
 	@echo 'make bench-parallel layers in a row and ranks side by side: TTFT, TPOT and tokens/s of each shape'
@@ -81,6 +83,12 @@ bench: $(STAMP)
 
 bench-peers: $(STAMP)
 	$(VENV_PYTHON) -m tests.benchmarks.peers $(BENCH_ARGS)
+
+bench-agents: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.agents $(BENCH_ARGS)
+
+bench-cache: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.prefix_cache $(BENCH_ARGS)
 
 bench-growth: $(STAMP)
 	$(VENV_PYTHON) -m tests.benchmarks.growth $(BENCH_ARGS)

@@ -99,8 +99,8 @@ def mesh_under_test(plan: Plan, checkpoint: Path) -> Iterator[MeshUnderTest]:
 class PromptSource:
     """Random prompts that no cache has seen."""
 
-    def __init__(self, vocabulary: int) -> None:
-        self._random = random.Random(0)
+    def __init__(self, vocabulary: int, seed: int = 0) -> None:
+        self._random = random.Random(seed)
         self._vocabulary = vocabulary
 
     def take(self, num_prompts: int, num_tokens: int) -> list[list[int]]:

@@ -29,6 +29,17 @@ class StreamTimes:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One stream with what it said."""
+
+    times: StreamTimes
+    token_ids: tuple[int, ...]
+    """All that the server told; llama.cpp tells none of those whose text it holds back."""
+    num_cached_tokens: int | None
+    """Of the prompt, by the server's `usage`; None where it does not say."""
+
+
+@dataclass(frozen=True)
 class TimedRound:
     """Streams that were sent together."""
 
@@ -42,8 +53,8 @@ async def run_round(host: str, port: int, bodies: Sequence[dict[str, Any]]) -> T
     Raises RuntimeError with the server's words if it refuses one or breaks off.
     """
     cpu_s = time.process_time()
-    streams = await asyncio.gather(*(_stream(host, port, body) for body in bodies))
-    return TimedRound(tuple(streams), time.process_time() - cpu_s)
+    answers = await asyncio.gather(*(ask(host, port, body) for body in bodies))
+    return TimedRound(tuple(answer.times for answer in answers), time.process_time() - cpu_s)
 
 
 async def run_clients(host: str, port: int, bodies_by_client: Sequence[Sequence[dict[str, Any]]]) -> TimedRound:
@@ -54,10 +65,11 @@ async def run_clients(host: str, port: int, bodies_by_client: Sequence[Sequence[
 
 
 async def _one_by_one(host: str, port: int, bodies: Sequence[dict[str, Any]]) -> list[StreamTimes]:
-    return [await _stream(host, port, body) for body in bodies]
+    return [(await ask(host, port, body)).times for body in bodies]
 
 
-async def _stream(host: str, port: int, body: dict[str, Any]) -> StreamTimes:
+async def ask(host: str, port: int, body: dict[str, Any]) -> Answer:
+    """Sends one body to /v1/completions, and waits until its stream has ended. Raises RuntimeError as `run_round`."""
     reader, writer = await asyncio.open_connection(host, port)
     try:
         payload = json.dumps(body | {"stream": True, "return_token_ids": True}).encode()
@@ -69,9 +81,11 @@ async def _stream(host: str, port: int, body: dict[str, Any]) -> StreamTimes:
         writer.write(head.encode() + payload)
         await _check_head(reader)
         arrivals: list[tuple[float, int]] = []
+        token_ids: list[int] = []
+        num_cached_tokens = None
         async for event in _events(reader):
             if event == b"[DONE]":
-                return StreamTimes(sent_s, tuple(arrivals))
+                return Answer(StreamTimes(sent_s, tuple(arrivals)), tuple(token_ids), num_cached_tokens)
             now_s = time.perf_counter()
             message = json.loads(event)
             if "error" in message:
@@ -79,6 +93,9 @@ async def _stream(host: str, port: int, body: dict[str, Any]) -> StreamTimes:
             num_tokens = count_new_tokens(message, sum(count for _, count in arrivals))
             if num_tokens:
                 arrivals.append((now_s, num_tokens))
+            token_ids += new_token_ids(message)
+            if usage := message.get("usage"):
+                num_cached_tokens = cached_tokens_of(usage)
         raise RuntimeError("the stream broke off before [DONE]")
     finally:
         writer.close()
@@ -92,7 +109,20 @@ def count_new_tokens(message: Mapping[str, Any], num_before: int) -> int:
     """
     if timings := message.get("timings"):
         return int(timings["predicted_n"]) - num_before
-    return sum(len(choice.get("token_ids") or ()) for choice in message.get("choices") or ())
+    return len(new_token_ids(message))
+
+
+def new_token_ids(message: Mapping[str, Any]) -> list[int]:
+    """Returns the ids that an event brings. llama.cpp, asked for `verbose`, tells them in a field of its own."""
+    if verbose := message.get("__verbose"):
+        return list(verbose["tokens"])
+    return [token_id for choice in message.get("choices") or () for token_id in choice.get("token_ids") or ()]
+
+
+def cached_tokens_of(usage: Mapping[str, Any]) -> int | None:
+    """Returns how many tokens of the prompt were found in a cache, None if the server does not say."""
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    return None if cached is None else int(cached)
 
 
 async def _check_head(reader: asyncio.StreamReader) -> None:

@@ -45,6 +45,6 @@ def test_ratios_are_taken_within_a_pair() -> None:
 
 
 def test_an_interval_around_one_shows_no_difference() -> None:
-    row = Comparison("ttft_ms", 100.0, 99.0, 0.99, 0.97, 1.01)
+    row = Comparison("ttft_ms", 100.0, 99.0, 0.99, 0.97, 1.01, less_is_better=True)
     assert row.verdict == "no difference"
     assert table([row]).splitlines()[-1] == "| TTFT, ms | 100 | 99 | 0.990 | 0.970 to 1.010 | no difference |"

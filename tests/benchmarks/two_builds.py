@@ -71,7 +71,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure of both builds over all pairs."""
+    """One figure of both sides over all pairs."""
 
     figure: str
     before: float
@@ -82,13 +82,14 @@ class Comparison:
     low: float
     high: float
     """The interval of `ratio`."""
+    less_is_better: bool
 
     @property
     def verdict(self) -> str:
         """Returns `better`, `worse`, or, where the interval holds 1, `no difference`."""
         if self.low <= 1 <= self.high:
             return "no difference"
-        return "better" if (self.high < 1) == LESS_IS_BETTER[self.figure] else "worse"
+        return "better" if (self.high < 1) == self.less_is_better else "worse"
 
 
 def bootstrap_interval(
@@ -101,22 +102,29 @@ def bootstrap_interval(
 
 
 def compare(pairs: Sequence[Pair], source: random.Random) -> list[Comparison]:
-    """Returns one comparison for each figure; ratios are taken within a pair."""
+    """Returns one comparison for each figure."""
     found = []
     for field in fields(BuildFigures):
         before = [float(getattr(pair.before, field.name)) for pair in pairs]
         after = [float(getattr(pair.after, field.name)) for pair in pairs]
-        ratios = [new / old for old, new in zip(before, after, strict=True)]
-        low, high = bootstrap_interval(ratios, source)
-        found.append(Comparison(field.name, median(before), median(after), median(ratios), low, high))
+        found.append(compare_figure(field.name, before, after, LESS_IS_BETTER[field.name], source))
     return found
 
 
-def table(comparisons: Sequence[Comparison]) -> str:
+def compare_figure(
+    figure: str, before: Sequence[float], after: Sequence[float], less_is_better: bool, source: random.Random
+) -> Comparison:
+    """Returns the comparison of one figure, an entry a pair; ratios are taken within a pair."""
+    ratios = [new / old for old, new in zip(before, after, strict=True)]
+    low, high = bootstrap_interval(ratios, source)
+    return Comparison(figure, median(before), median(after), median(ratios), low, high, less_is_better)
+
+
+def table(comparisons: Sequence[Comparison], sides: tuple[str, str] = ("before", "after")) -> str:
     """Returns Markdown."""
-    lines = ["| figure | before | after | ratio | 95% interval | |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [f"| figure | {' | '.join(sides)} | ratio | 95% interval | |", "| --- | --- | --- | --- | --- | --- |"]
     lines += [
-        f"| {NAMES[row.figure]} | {row.before:.4g} | {row.after:.4g} | {row.ratio:.3f} | "
+        f"| {NAMES.get(row.figure, row.figure)} | {row.before:.4g} | {row.after:.4g} | {row.ratio:.3f} | "
         f"{row.low:.3f} to {row.high:.3f} | {row.verdict} |"
         for row in comparisons
     ]

@@ -23,6 +23,7 @@ import httpx
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.make_bench_model import SIZES, make_bench_model
 from tests.benchmarks.peers.contenders import PEERS, AbsentError, Contender, mesh_contender, peer_contender
+from tests.benchmarks.peers.engines import Engine
 from tests.benchmarks.peers.report import PeersReport, write_report
 from tests.benchmarks.peers.sitting import Load, Sitting, columns_of, sit
 from tests.benchmarks.rates import best_rates, measure_rates
@@ -83,8 +84,8 @@ def run(plan: Plan) -> PeersReport:
     )
 
 
-def _assemble(plan: Plan, checkpoint: Path) -> tuple[list[Contender], dict[str, str]]:
-    contenders = [mesh_contender(checkpoint, settings) for settings in plan.meshes]
+def _assemble(plan: Plan, checkpoint: Path) -> tuple[list[Contender[Engine]], dict[str, str]]:
+    contenders: list[Contender[Engine]] = [mesh_contender(checkpoint, settings) for settings in plan.meshes]
     absent = {}
     for name in plan.peers:
         try:

@@ -10,18 +10,20 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from tests.benchmarks.checkout_mesh import THIS_CHECKOUT
-from tests.benchmarks.peers.engines import Engine, LlamaEngine, mesh_engine, vllm_engine
+from tests.benchmarks.peers.engines import Engine, HttpEngine, LlamaEngine, mesh_engine, vllm_engine
 from tests.benchmarks.peers.openvino_engine import openvino_engine
 from tests.benchmarks.transformers_peer import TransformersPeer
 
 SET_UP = Path(__file__).with_name("set_up.sh")
 PEERS = ("llama.cpp", "llama.cpp q4_0", "vllm", "openvino", "transformers")
+E = TypeVar("E", bound=Engine, covariant=True)
 
 
 @dataclass(frozen=True)
-class Contender:
+class Contender(Generic[E]):
     """One row of the tables."""
 
     name: str
@@ -30,21 +32,21 @@ class Contender:
     """`bf16`, or the name of a quantization: such a row is there for information, and nothing is held against it."""
     used: str
     """With which version and settings."""
-    start: Callable[[], AbstractContextManager[Engine]]
+    start: Callable[[], AbstractContextManager[E]]
 
 
 class AbsentError(Exception):
     """A peer that cannot be measured here; the message says why."""
 
 
-def mesh_contender(checkpoint: Path, settings: dict[str, str]) -> Contender:
+def mesh_contender(checkpoint: Path, settings: dict[str, str]) -> Contender[HttpEngine]:
     """The mesh with its defaults, but for `settings`."""
     words = " ".join(f"{name}={value}" for name, value in settings.items())
     name = f"mesh {words}".strip()
     return Contender(name, False, "bf16", words or "the defaults", lambda: mesh_engine(checkpoint, settings))
 
 
-def peer_contender(name: str, checkpoint: Path, peers_dir: Path) -> Contender:
+def peer_contender(name: str, checkpoint: Path, peers_dir: Path) -> Contender[Engine]:
     """Sets the peer up, where that is still to be done. Raises AbsentError."""
     cores = sorted(os.sched_getaffinity(0))
     match name:

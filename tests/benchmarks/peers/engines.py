@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from tests.benchmarks.checkout_mesh import THIS_CHECKOUT, checkout_mesh
-from tests.benchmarks.streaming_client import StreamTimes, run_round
+from tests.benchmarks.streaming_client import Answer, StreamTimes, ask, run_round
 
 READY_WITHIN_S = 600
 """vLLM compiles the model when it meets it for the first time."""
@@ -30,6 +30,7 @@ LOG_TAIL_CHARACTERS = 1500
 SLOT_UNIT_TOKENS = 256
 VLLM_CACHE_GIB = 4
 VLLM_MAX_STREAMS = 64
+VLLM_CONTEXT_TOKENS = 4096
 """The same in every run: its compiled graph is kept by such settings."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
@@ -53,15 +54,32 @@ class HttpEngine:
     _seeds: Iterator[int] = field(default_factory=itertools.count)
 
     def run_round(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Sequence[StreamTimes]:
-        address = urlsplit(self.url)
-        common = {"max_tokens": max_tokens, "temperature": 1.0, "ignore_eos": True, **self.fields}
-        seeds = ({"seed": next(self._seeds)} if self.has_seeds else {} for _ in prompts)
-        bodies = [common | seed | {"prompt": list(prompt)} for prompt, seed in zip(prompts, seeds, strict=False)]
-        timed = asyncio.run(run_round(address.hostname or "127.0.0.1", address.port or 80, bodies))
+        bodies = [self._body(prompt, max_tokens, next(self._seeds)) for prompt in prompts]
+        timed = asyncio.run(run_round(*self._address, bodies))
         for stream in timed.streams:
-            if stream.num_tokens != max_tokens:
-                raise RuntimeError(f"asked for {max_tokens} tokens, got {stream.num_tokens}")
+            _check_count(stream.num_tokens, max_tokens)
         return timed.streams
+
+    async def ask(self, prompt: Sequence[int], max_tokens: int, seed: int) -> Answer:
+        """One prompt, `max_tokens` tokens. Raises RuntimeError if that is not what comes, with all ids."""
+        body = self._body(prompt, max_tokens, seed) | {"stream_options": {"include_usage": True}}
+        answer = await ask(*self._address, body)
+        _check_count(len(answer.token_ids), max_tokens)
+        return answer
+
+    @property
+    def _address(self) -> tuple[str, int]:
+        address = urlsplit(self.url)
+        return address.hostname or "127.0.0.1", address.port or 80
+
+    def _body(self, prompt: Sequence[int], max_tokens: int, seed: int) -> dict[str, Any]:
+        common = {"max_tokens": max_tokens, "temperature": 1.0, "ignore_eos": True, **self.fields}
+        return common | ({"seed": seed} if self.has_seeds else {}) | {"prompt": list(prompt)}
+
+
+def _check_count(num_tokens: int, max_tokens: int) -> None:
+    if num_tokens != max_tokens:
+        raise RuntimeError(f"asked for {max_tokens} tokens, got {num_tokens}")
 
 
 @contextmanager
@@ -72,17 +90,25 @@ def mesh_engine(checkpoint: Path, settings: Mapping[str, str]) -> Iterator[HttpE
 
 
 @contextmanager
-def vllm_engine(home: Path, checkpoint: Path, cores: Sequence[int]) -> Iterator[HttpEngine]:
+def vllm_engine(
+    home: Path,
+    checkpoint: Path,
+    cores: Sequence[int],
+    context_tokens: int = VLLM_CONTEXT_TOKENS,
+    caches_prompts: bool = False,
+) -> Iterator[HttpEngine]:
     """vLLM's CPU build, with the settings that its documentation names for one.
 
     Seeded as a whole: a request's own seed makes it draw row by row.
     """
+    caching = ("--enable-prefix-caching", "--enable-prompt-tokens-details")
     url = f"http://127.0.0.1:{free_port()}"
     command = [
         str(home / "venv" / "bin" / "python"),
         *("-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(checkpoint), "--dtype", "bfloat16", "--seed", "0"),
-        *("--max-model-len", "4096", "--max-num-seqs", str(VLLM_MAX_STREAMS), "--no-enable-prefix-caching"),
+        *("--max-model-len", str(context_tokens), "--max-num-seqs", str(VLLM_MAX_STREAMS)),
+        *(caching if caches_prompts else ("--no-enable-prefix-caching",)),
         *("--host", "127.0.0.1", "--port", str(urlsplit(url).port)),
     ]
     preloaded = [*(home / "tcmalloc").rglob("libtcmalloc_minimal.so.4"), home / "venv" / "lib" / "libiomp5.so"]
@@ -125,19 +151,27 @@ class LlamaEngine:
 
     def _restart(self) -> None:
         self._running.close()
-        streams, slot_tokens = self._shape
-        url = f"http://127.0.0.1:{free_port()}"
-        command = [
-            str(self._home / "build" / "bin" / "llama-server"),
-            *("-m", str(self._weights), "-t", str(self._threads), "-tb", str(self._threads)),
-            *("-np", str(streams), "-c", str(streams * slot_tokens), "--cont-batching", "-fa", "auto"),
-            *("--no-kv-unified", "--no-cache-prompt", "--cache-ram", "0", "--no-ui"),
-            *("--host", "127.0.0.1", "--port", str(urlsplit(url).port)),
-        ]
-        self._running.enter_context(_server(command, {}, url, self._home / "server.log"))
-        # Its own default samplers cut the vocabulary; nobody else here does.
-        sampling = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        self._engine = HttpEngine(url, {"cache_prompt": False, "timings_per_token": True, **sampling})
+        engine = llama_engine(self._home, self._weights, self._threads, *self._shape, {"cache_prompt": False})
+        self._engine = self._running.enter_context(engine)
+
+
+@contextmanager
+def llama_engine(
+    home: Path, weights: Path, threads: int, streams: int, slot_tokens: int, fields: Mapping[str, Any]
+) -> Iterator[HttpEngine]:
+    """llama-server with so many slots of so many tokens each. Its requests carry `fields`, too."""
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [
+        str(home / "build" / "bin" / "llama-server"),
+        *("-m", str(weights), "-t", str(threads), "-tb", str(threads)),
+        *("-np", str(streams), "-c", str(streams * slot_tokens), "--cont-batching", "-fa", "auto"),
+        *("--no-kv-unified", "--cache-ram", "0", "--no-ui"),
+        *("--host", "127.0.0.1", "--port", str(urlsplit(url).port)),
+    ]
+    # Its own default samplers cut the vocabulary; nobody else here does.
+    sampling = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    with _server(command, {}, url, home / "server.log"):
+        yield HttpEngine(url, {"timings_per_token": True, **sampling, **fields})
 
 
 @contextmanager

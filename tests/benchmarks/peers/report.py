@@ -14,6 +14,7 @@ from tests.benchmarks.limits import decode_limit, prefill_limit
 from tests.benchmarks.machine import Machine
 from tests.benchmarks.make_bench_model import SIZES
 from tests.benchmarks.peers.contenders import Contender
+from tests.benchmarks.peers.engines import Engine
 from tests.benchmarks.peers.sitting import Load, Sitting, columns_of
 from tests.benchmarks.peers.table import Row, markdown_table, ratios
 from tests.benchmarks.rates import Rates
@@ -28,7 +29,7 @@ class PeersReport:
     rates: Rates
     model: str
     load: Load
-    contenders: list[Contender]
+    contenders: list[Contender[Engine]]
     """Those of which there are sittings."""
     sittings: dict[str, list[Sitting]]
     """By contender's name, one a round."""

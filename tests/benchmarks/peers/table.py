@@ -21,7 +21,7 @@ class Row:
 
 def is_time(key: str) -> bool:
     """Whether less is better."""
-    return key.startswith("TTFT")
+    return key.startswith(("TTFT", "TPOT", "seconds"))
 
 
 def best_of_peers(rows: Sequence[Row], key: str) -> float:

@@ -1,0 +1,1 @@
+"""Conversations as agents have them, on the mesh and on other engines."""
