@@ -88,9 +88,9 @@ def run(plan: Plan) -> AgentsReport:
 
 def _sit(contender: Contender[HttpEngine], plan: Plan, number: int) -> Played:
     vocabulary = SIZES[plan.model].vocabulary
-    conversations = draw_conversations(plan.traffic, vocabulary, random.Random(number))
+    # A seed of its own: the warm-up must not draw the same tokens.
+    conversations = draw_conversations(plan.traffic, vocabulary, random.Random(f"conversations of round {number}"))
     with contender.start() as engine:
-        # Prompts that nobody has seen, and nobody sees again.
         prompts = PromptSource(vocabulary).take(plan.traffic.conversations, WARM_UP_PROMPT_TOKENS)
         engine.run_round(prompts, WARM_UP_TOKENS)
         return asyncio.run(play(engine, conversations, plan.time_limit_s))
