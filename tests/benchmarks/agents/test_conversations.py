@@ -47,6 +47,7 @@ def test_messages_and_seeds_are_each_conversations_own() -> None:
 
 
 def test_turns_that_only_one_engine_has_played_are_not_compared() -> None:
-    whole, stopped = [[(1, 2), (3,)], [(4,), (5,)]], [[(1, 2)], [(4,), (6,)]]
+    whole: list[list[tuple[int, ...]]] = [[(1, 2), (3,)], [(4,), (5,)]]
+    stopped: list[list[tuple[int, ...]]] = [[(1, 2)], [(4,), (6,)]]
     assert count_equal(whole, whole) == (4, 4)
     assert count_equal(whole, stopped) == count_equal(stopped, whole) == (2, 3)
