@@ -46,6 +46,7 @@ def test_the_page_has_a_table_for_each_part_that_was_run(tmp_path: Path) -> None
     json_path, page_path = write_report(report(HITS, [100.0, 100.0], [100.0, 100.0]), tmp_path)
     page = page_path.read_text()
     assert "Tokens that were found the second time: 992 of 1,024, 16,352 of 16,384." in page
+    assert "| TTFT of 16,384, ms | 9,000 | 360 | 0.040 |" in page
     assert "| TTFT x1, ms | 100 | 100 | 1.000 | 1.000 to 1.000 | no difference |" in page
     assert [row["verdict"] for row in json.loads(json_path.read_text())["comparisons"]] == [
         "better",

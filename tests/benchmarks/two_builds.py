@@ -124,11 +124,15 @@ def table(comparisons: Sequence[Comparison], sides: tuple[str, str] = ("before",
     """Returns Markdown."""
     lines = [f"| figure | {' | '.join(sides)} | ratio | 95% interval | |", "| --- | --- | --- | --- | --- | --- |"]
     lines += [
-        f"| {NAMES.get(row.figure, row.figure)} | {row.before:.4g} | {row.after:.4g} | {row.ratio:.3f} | "
+        f"| {NAMES.get(row.figure, row.figure)} | {_number(row.before)} | {_number(row.after)} | {row.ratio:.3f} | "
         f"{row.low:.3f} to {row.high:.3f} | {row.verdict} |"
         for row in comparisons
     ]
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def measure(checkout: Path, settings: Mapping[str, str], prompts: list[list[int]], tokens: int) -> BuildFigures:
