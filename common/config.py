@@ -86,6 +86,9 @@ class Settings(BaseSettings):
     prefix_cache: Literal["on", "off"] = Field(
         default="on", description="on: a prompt that begins like an earlier one is computed from where they part"
     )
+    session_cache_mib: int = Field(
+        default=256, ge=0, description="host memory of each stage for cached KV blocks that had to make room; 0: none"
+    )
 
     # ---- what happens when a stage is lost
     recovery: Literal["auto", "mirror", "replay", "move"] = Field(

@@ -57,6 +57,7 @@ NO_TOKEN_COUNTS = TensorFrame("int32", (0, 4), b"")
 NO_BIASES = TensorFrame("float64", (0, 3), b"")
 NOT_ADJUSTED = TensorFrame("int64", (0, 3), b"")
 NO_DRAFTS = TensorFrame("int32", (0,), b"")
+NO_PAIRS = TensorFrame("int32", (0, 2), b"")
 FIRST_CLASS = 1
 """`Step.numeric_class` before any stage has added its own."""
 AWAITED_TOKEN: Final = -1
@@ -114,6 +115,12 @@ class Step:
     drafts: TensorFrame = NO_DRAFTS
     """int32 [*], of the sequences in their order: the tokens of all rows that sample but the first one of a sequence.
     They are guesses; the last stage compares them with what it samples."""
+    saves: TensorFrame = NO_PAIRS
+    """int32 [*, 2]: KV block, tier slot. Each stage copies them to its session tier before it does anything else: the
+    blocks are others' with this step."""
+    restores: TensorFrame = NO_PAIRS
+    """int32 [*, 2]: tier slot, KV block. Each stage copies them back next; they are of sequences that are not in this
+    step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +288,8 @@ class AssignStage:
     first_stage: tuple[str, ...] = ()
     """Endpoints of the first slot's data socket, for the last slot of several."""
     first_stage_ipc_token: str = ""
+    num_tier_slots: int = 0
+    """Blocks that its session tier is to have room for. 0: it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +309,8 @@ class StageReady:
     lease_term: int
     kv_mark: int = 0
     """The paged memory holds what all steps up to this one have written; 0: it is empty."""
+    tier_since: int = 0
+    """The session tier holds what steps behind this one have saved, up to the mark: it was empty then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,6 +469,8 @@ class StageHeartbeat(Heartbeat):
     """The lease term of the slot that it holds or mirrors; 0: none."""
     kv_mark: int = 0
     """A holder's mark, as in StageReady."""
+    tier_since: int = 0
+    """A holder's, as in StageReady."""
     broken_stream: int = 0
     """A mirror's broken stream, as in MirrorReady."""
     feed_number: int = 0

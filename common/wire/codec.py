@@ -42,7 +42,7 @@ MAX_ENTRIES: Final = 1 << 13
 """The longest tuple in the map; a decoder may set aside memory for all that one of many nested arrays claims."""
 
 SMALL_BYTES: Final = 1 << 12
-"""A frame takes as long as copying some KiB, and a step has twelve arrays, most of them of a few bytes."""
+"""A frame takes as long as copying some KiB, and a step has fourteen arrays, most of them of a few bytes."""
 
 FIXED: Final = 1
 """The flag of a message whose values have fixed places."""

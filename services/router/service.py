@@ -409,6 +409,7 @@ def _shape(settings: Settings, model: Model) -> MeshShape:
         item_bytes=ITEM_BYTES[model.dtype],
         block_tokens=BLOCK_TOKENS,
         kv_cache_tokens=settings.kv_cache_tokens,
+        session_cache_bytes=settings.session_cache_mib << 20 if settings.prefix_cache == "on" else 0,
     )
 
 

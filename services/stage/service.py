@@ -38,6 +38,7 @@ from services.stage.experts.client import CallDone, CallFailed, ExpertClient
 from services.stage.model.executor import Broken, Executor, Finished, RunningBatch, WantsExperts
 from services.stage.model.micro_batch import read_micro_batch, read_positions
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
+from services.stage.model.session_tier import read_pairs, restored_positions
 from services.stage.slot.mirror_sender import MirrorLink
 from services.stage.slot.slot import MemoryTag, RoleRefused, RoleTaken, Slot
 from services.stage.slot.stage_worker import StageWorker
@@ -290,6 +291,7 @@ class StageService(NodeLoop[MessageSocket]):
     def _begin_step(self, slot: Slot, step: Step, header: Header, now_s: float) -> None:
         slot.held.watermark.begin(header.step, step.previous_step)
         deadline_s = now_s + header.time_left_ms / 1000
+        self._copy_blocks(slot, step)
         if step.computing_slots and slot.role.slot.index not in step.computing_slots:
             self._relay(slot, step, header, deadline_s)
             return
@@ -304,6 +306,21 @@ class StageService(NodeLoop[MessageSocket]):
         adjustments = slot.adjustments if slot.role.is_last else None
         batch = read_micro_batch(step, hidden, slot.held.tables, adjustments)
         slot.executor.add(step, header, deadline_s, batch)
+
+    @staticmethod
+    def _copy_blocks(slot: Slot, step: Step) -> None:
+        """Copies what a step saves to the session tier, and what it brings back, before anything of it is computed."""
+        held, places = slot.held, (slot.held.memory.num_blocks, slot.held.tier.num_slots)
+        saved = read_pairs(step.saves, places, "Step.saves")
+        restored = read_pairs(step.restores, places[::-1], "Step.restores")
+        if restored and step.computing_slots:
+            raise ProtocolError("Step.restores is not empty in a replay")
+        with torch.inference_mode():
+            if saved:
+                held.tier.save(*zip(*saved, strict=True))
+            if restored:
+                held.tier.restore(*zip(*restored, strict=True))
+                held.tables.inherit(block_id for _, block_id in restored)
 
     def _relay(self, slot: Slot, step: Step, header: Header, deadline_s: float) -> None:
         """Relays a replay step that is for other slots: what was sent on for its tokens is sent on again, if a later
@@ -398,7 +415,10 @@ class StageService(NodeLoop[MessageSocket]):
             passed_on(slot, finished, self._class_after(slot, running.step)), running.header, running.deadline_s
         )
         # After the step itself: the mirror may lag by a step, the client should not.
-        self._mirror_link.send_rows(held, running.batch.slots)
+        written = running.batch.slots
+        if running.step.restores.shape[0]:
+            written = torch.cat((written, restored_positions(running.step)))
+        self._mirror_link.send_rows(held, written)
 
     def _send_on(self, message: Message, header: Header, deadline_s: float) -> None:
         slot = self._worker.slot
@@ -477,6 +497,7 @@ class StageService(NodeLoop[MessageSocket]):
             role_state=worker.state_of(self._role_number),
             lease_term=worker.lease_term,
             kv_mark=slot.held.watermark.mark if slot is not None else 0,
+            tier_since=slot.held.tier.since if slot is not None else 0,
             broken_stream=mirror.broken_stream if mirror is not None else 0,
             feed_number=self._mirror_link.feed_number,
             placement_version=experts.nodes.version_of(self._control.router_term),

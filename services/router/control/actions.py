@@ -33,6 +33,10 @@ class OpenPipeline:
     """Up to which step a slot's paged memory is good, by slot."""
     held: HeldCache | None = None
     """What stages hold of a pipeline that a router before this one had open."""
+    num_tier_slots: int = 0
+    """Blocks that the session tier of each slot's holder has room for."""
+    tier_since: int = 0
+    """All tiers have what steps behind this one have saved, up to the marks."""
 
     @property
     def summary(self) -> dict[str, int | tuple[int, ...]]:
@@ -41,6 +45,7 @@ class OpenPipeline:
             "pipeline": self.pipeline,
             "generation": self.generation,
             "num_blocks": self.num_blocks,
+            "num_tier_slots": self.num_tier_slots,
             "kv_marks": self.kv_marks,
         }
 
@@ -83,6 +88,7 @@ class RoleMessages:
         holders: Sequence[NodeDescription],
         lease_term: LeaseTerm,
         num_blocks: int,
+        num_tier_slots: int,
         generation: Generation,
     ) -> Tell:
         """Tells a slot's holder its role. `holders`: of all slots of its pipeline."""
@@ -93,7 +99,7 @@ class RoleMessages:
             downstream = following.endpoints, following.ipc_token
         elif slot.index > 0:
             first = holders[0].endpoints, holders[0].ipc_token
-        message = AssignStage(*self._place(slot), lease_term, num_blocks, *downstream, *first)
+        message = AssignStage(*self._place(slot), lease_term, num_blocks, *downstream, *first, num_tier_slots)
         return Tell(holders[slot.index].node_id, message, Header(generation=generation))
 
     def mirror(self, slot: StageSlot, lease_term: LeaseTerm, num_blocks: int, holder: NodeDescription) -> AssignMirror:

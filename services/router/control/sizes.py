@@ -26,6 +26,8 @@ class MeshShape:
     block_tokens: int
     kv_cache_tokens: int
     """Tokens wished for per pipeline; memory may allow less."""
+    session_cache_bytes: int = 0
+    """Host memory of each stage for cached blocks that had to make room; memory may allow less."""
 
 
 def plan_layers(config: ModelConfig, pp: int) -> list[LayerRange]:
@@ -92,6 +94,17 @@ class StageSizes:
                     f"its node offers {capacity} bytes"
                 )
         return blocks
+
+    def tier_slots(self, capacities: Mapping[int, int], num_blocks: int) -> int:
+        """Counts the blocks for which each slot's holder has room in its session tier, beside its weights and a pool of
+        `num_blocks`. Capacities as in `pool_blocks`."""
+        counts: list[int] = []
+        for slot in range(len(self._layers)):
+            block_bytes, left = self.block_bytes(slot), self._shape.session_cache_bytes
+            if slot in capacities:
+                left = min(left, capacities[slot] - self.weight_bytes(slot) - (num_blocks + 1) * block_bytes)
+            counts.append(max(0, left) // block_bytes)
+        return min(counts)
 
     def too_small(self, capacities: Mapping[int, int]) -> dict[int, str]:
         """Finds slots whose node, with a capacity in bytes by slot, has no room for them, and how much it lacks."""

@@ -27,8 +27,12 @@ class Pipeline:
     holders: tuple[NodeId | None, ...]
     """None: a hole."""
     num_blocks: int
+    num_tier_slots: int = 0
+    """Blocks that each holder's session tier has room for."""
     marks: dict[int, int] = field(default_factory=dict)
     """Up to which step paged memory is good, by slot that is ready in this generation."""
+    tier_since: int = 0
+    """All of these have in their session tier what steps behind this one have saved."""
     is_open: bool = False
     has_pool: bool = False
     """The scheduler keeps its requests' blocks, also while it is not open."""
@@ -207,6 +211,7 @@ class StageRoles:
         if message.slot >= len(pipeline.holders) or pipeline.holders[message.slot] != node_id:
             return []
         pipeline.marks[message.slot] = message.kv_mark
+        pipeline.tier_since = max(pipeline.tier_since, message.tier_since)
         first_stage = pipeline.holders[0]
         if len(pipeline.marks) < len(pipeline.holders) or first_stage is None:
             return []
@@ -220,6 +225,8 @@ class StageRoles:
             len(pipeline.holders),
             tuple(mark for _, mark in sorted(pipeline.marks.items())),
             held,
+            pipeline.num_tier_slots,
+            pipeline.tier_since,
         )
         return [opened, *self._move_on(), *self._mirror()]
 
@@ -248,7 +255,14 @@ class StageRoles:
         """Tell the holder of a slot of a whole pipeline its role."""
         pipeline = self.pipelines[slot.pipeline]
         holders = [self._nodes[node_id] for node_id in pipeline.holders if node_id is not None]
-        return self.messages.assign(slot, holders, self._lease_terms[slot], pipeline.num_blocks, pipeline.generation)
+        return self.messages.assign(
+            slot,
+            holders,
+            self._lease_terms[slot],
+            pipeline.num_blocks,
+            pipeline.num_tier_slots,
+            pipeline.generation,
+        )
 
     # Planning
 
@@ -321,8 +335,11 @@ class StageRoles:
                 actions.append(ClosePipeline(pipeline_id))
             elif before.is_open:
                 actions.append(SuspendPipeline(pipeline_id))
+        num_tier_slots = self._sizes.tier_slots(capacities, num_blocks)
         generation = Generation(self.messages.draw_number())
-        self.pipelines[pipeline_id] = Pipeline(generation, holders, num_blocks, has_pool=has_pool, held=held)
+        self.pipelines[pipeline_id] = Pipeline(
+            generation, holders, num_blocks, num_tier_slots, has_pool=has_pool, held=held
+        )
         for index, node_id in enumerate(nodes):
             slot = StageSlot(pipeline_id, SlotIndex(index))
             if before is None or index >= len(before.holders) or before.holders[index] != node_id:

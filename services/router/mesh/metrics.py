@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from common.messages import StageHeartbeat
 from services.router.mesh.status import MeshStatus
+from services.router.scheduling.blocks.prefix_cache import PrefixCounters
 from services.router.scheduling.snapshot import WAIT_BOUNDS_S, WaitTimes
 
 
@@ -68,14 +69,36 @@ def _requests(status: MeshStatus) -> Iterator[Metric]:
             "Prompt tokens that were looked for in the cache",
             counters.prefixes.tokens_asked,
         ),
-        ("moemesh_prefix_tokens_found", "Those of them that were there", counters.prefixes.tokens_found),
-        ("moemesh_prefix_blocks_found", "Cached KV blocks that requests went on with", counters.prefixes.blocks_found),
         ("moemesh_prefix_blocks_entered", "KV blocks that became findable", counters.prefixes.blocks_entered),
         ("moemesh_prefix_blocks_evicted", "Cached KV blocks given to others", counters.prefixes.blocks_evicted),
+        (
+            "moemesh_session_blocks_saved",
+            "Those of them that went to the session tier",
+            counters.prefixes.tier.blocks_saved,
+        ),
+        (
+            "moemesh_session_blocks_dropped",
+            "KV blocks that found no room in the session tier, or left it",
+            counters.prefixes.tier.blocks_dropped,
+        ),
     ):
         yield CounterMetricFamily(name, text, value)
-
+    yield from _found(counters.prefixes)
     yield _waits(counters.waits)
+
+
+def _found(prefixes: PrefixCounters) -> Iterator[Metric]:
+    tokens = CounterMetricFamily("moemesh_prefix_tokens_found", "Prompt tokens that were in the cache", labels=["tier"])
+    blocks = CounterMetricFamily(
+        "moemesh_prefix_blocks_found", "Cached KV blocks that requests went on with", labels=["tier"]
+    )
+    for family, found, restored in (
+        (tokens, prefixes.tokens_found, prefixes.tier.tokens_restored),
+        (blocks, prefixes.blocks_found, prefixes.tier.blocks_restored),
+    ):
+        family.add_metric(["pool"], found - restored)
+        family.add_metric(["session"], restored)
+        yield family
 
 
 def _waits(waits: WaitTimes) -> Metric:
@@ -95,6 +118,8 @@ def _pipelines(status: MeshStatus) -> Iterator[Metric]:
         ("moemesh_kv_blocks", "KV blocks of all open pipelines", sum(status.num_blocks.values())),
         ("moemesh_kv_blocks_free", "KV blocks that no sequence holds", scheduler.num_free_blocks),
         ("moemesh_kv_blocks_cached", "KV blocks that hold a beginning to be found", scheduler.num_cached_blocks),
+        ("moemesh_session_slots", "KV blocks that the session tiers of open pipelines hold", scheduler.num_tier_slots),
+        ("moemesh_session_slots_used", "KV blocks that are in there", scheduler.num_kept_blocks),
         ("moemesh_steps_in_flight", "Steps sent and not answered", scheduler.num_steps_in_flight),
         ("moemesh_missing_copies", "Safety copies of experts without room", redundancy.missing_copies),
         ("moemesh_copies_to_load", "Safety copies of experts that are not loaded yet", redundancy.copies_to_load),

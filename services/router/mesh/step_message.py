@@ -13,7 +13,7 @@ import numpy as np
 
 from common.errors import ProtocolError
 from common.ids import SequenceId
-from common.messages import FIRST_CLASS, Header, Step, StepResult
+from common.messages import FIRST_CLASS, NO_PAIRS, Header, Step, StepResult, TensorFrame
 from common.wire.array import Float64Array, Int32Array, Int64Array, array_to_frame, frame_to_array
 from common.wire.records import SAMPLING, SEED, STEP_SEQUENCE, records_to_frame
 from services.router.engine import Token
@@ -22,7 +22,8 @@ from services.router.scheduling.step_plan import ComputedBy, ScheduledChunk, Ste
 
 def step_message(plan: StepPlan) -> Step:
     """Makes a plan a message, as the first stage takes it."""
-    sampled = [chunk for chunk in plan.chunks if chunk.samples]
+    computed = plan.computed
+    sampled = [chunk for chunk in computed if chunk.samples]
     sequences = [
         (
             chunk.sequence_id,
@@ -32,7 +33,7 @@ def step_message(plan: StepPlan) -> Step:
             len(chunk.new_block_ids),
             chunk.num_sampling_rows,
         )
-        for chunk in plan.chunks
+        for chunk in computed
     ]
     sampling = [
         (
@@ -43,8 +44,8 @@ def step_message(plan: StepPlan) -> Step:
         )
         for chunk in sampled
     ]
-    token_ids = [token_id for chunk in plan.chunks for token_id in chunk.token_ids]
-    new_blocks = [block for chunk in plan.chunks for block in chunk.new_block_ids]
+    token_ids = [token_id for chunk in computed for token_id in chunk.token_ids]
+    new_blocks = [block for chunk in computed for block in chunk.new_block_ids]
     seeds = [(chunk.sampling.seed, chunk.choice) for chunk in sampled]
     drafts = [token_id for chunk in sampled for token_id in chunk.draft_token_ids]
     step = Step(
@@ -59,6 +60,8 @@ def step_message(plan: StepPlan) -> Step:
         numeric_class=FIRST_CLASS,
         awaited_step=plan.awaited_step,
         drafts=array_to_frame(np.array(drafts, dtype=np.int32)),
+        saves=_pairs(plan.saves),
+        restores=_pairs(plan.restores),
     )
     adjusted = adjusted_rows(sampled)
     if not len(adjusted):
@@ -72,12 +75,16 @@ def step_message(plan: StepPlan) -> Step:
     )
 
 
+def _pairs(pairs: Sequence[tuple[int, int]]) -> TensorFrame:
+    return array_to_frame(np.array(pairs, dtype=np.int32)) if pairs else NO_PAIRS
+
+
 def unsendable_sequences(plan: StepPlan) -> dict[SequenceId, Exception]:
     """Finds sequences of a plan that cannot be encoded, even in a step of their own; with what they raise."""
     culprits: dict[SequenceId, Exception] = {}
     for chunk in plan.chunks:
         try:
-            step_message(replace(plan, chunks=(chunk,), released=()))
+            step_message(replace(plan, chunks=(chunk,), released=(), saves=()))
         except Exception as error:
             culprits[chunk.sequence_id] = error
     return culprits
@@ -145,8 +152,8 @@ def computed_by(result: StepResult, plan: StepPlan) -> ComputedBy:
     """Reads what others may find of a step. Raises ProtocolError if the flags are not those of the plan's sequences."""
     flags: list[int] = []
     if result.degraded.shape != (0,):
-        flags = frame_to_array(result.degraded, "uint8", (len(plan.chunks),), "StepResult.degraded").tolist()
-    degraded = (chunk.sequence_id for chunk, flag in zip(plan.chunks, flags, strict=False) if flag)
+        flags = frame_to_array(result.degraded, "uint8", (len(plan.computed),), "StepResult.degraded").tolist()
+    degraded = (chunk.sequence_id for chunk, flag in zip(plan.computed, flags, strict=False) if flag)
     return ComputedBy(result.numeric_class, frozenset(degraded))
 
 

@@ -20,9 +20,9 @@ import math
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from common.ids import Generation, SequenceId, StepId
+from common.ids import SequenceId, StepId
 from services.router.control.actions import OpenPipeline
 from services.router.control.adoption import HeldCache, HeldSequence
 from services.router.scheduling.admission import num_blocks_for
@@ -31,7 +31,7 @@ from services.router.scheduling.blocks.prefix_cache import PrefixCounters
 from services.router.scheduling.blocks.sharing import PrefixSharing
 from services.router.scheduling.drafts.drafting import Drafter, PipelineDrafts
 from services.router.scheduling.pace import UNANSWERED_S, PipelinePace
-from services.router.scheduling.request import Blame, Request, RequestState, going_on_unseen
+from services.router.scheduling.request import Blame, Request, RequestState, going_on_unseen, isolated, wait_for_others
 from services.router.scheduling.settings import SchedulerSettings
 from services.router.scheduling.step_plan import ComputedBy, ScheduledChunk, StepPlan
 
@@ -76,7 +76,7 @@ class PipelineSchedule:
         self.pipeline = opening.pipeline
         self.generation = opening.generation
         self.num_slots = opening.num_slots
-        self.allocator = BlockAllocator(opening.num_blocks, prefix_counters)
+        self.allocator = BlockAllocator(opening.num_blocks, prefix_counters, opening.num_tier_slots)
         self.prefixes = PrefixSharing(self.allocator, settings.block_tokens, blame, is_on=settings.caches_prefixes)
         self.drafts = PipelineDrafts(drafter, self.pipeline, self.allocator, settings.max_batch_tokens, blame)
         self.running: list[Request] = []
@@ -143,7 +143,7 @@ class PipelineSchedule:
         # Those that have all of their cache go on between the replays of the others.
         self._has_just_replayed = bool(replays) and not ordinary
         picked = ordinary or replays
-        chunks = self._plan_chunks(step, _isolated(picked), preempted, now_s)
+        chunks = self._plan_chunks(step, isolated(picked), preempted, now_s)
         if not chunks:  # who goes alone has found no blocks: the others go on, and an older one may take its own
             others = [pick for pick in picked if not pick[0].num_failed_steps]
             chunks = self._plan_chunks(step, others, preempted, now_s)
@@ -193,8 +193,10 @@ class PipelineSchedule:
             with self._blame.handling(request):
                 if self._has_just_replayed:
                     chunk: ScheduledChunk | None = self._chunk(request, request.replay_position, num_tokens)
-                else:
+                elif num_tokens:
                     chunk = self._plan_chunk(request, num_tokens, preempted)
+                else:
+                    chunk = self._plan_restoring(step, request, preempted)
                 if chunk is not None:
                     chunks[request] = chunk
                     request.steps[step] = len(chunk.token_ids)
@@ -222,7 +224,8 @@ class PipelineSchedule:
         awaited_step: int = 0,
         is_canary: bool = False,
     ) -> StepPlan:
-        """Makes a step, which is in flight from now on: behind the one before it, with the releases that are held."""
+        """Makes a step, which is in flight from now on: behind the one before it, with the releases that are held, and
+        what is to be saved first."""
         plan = StepPlan(
             step,
             self.pipeline,
@@ -232,6 +235,7 @@ class PipelineSchedule:
             computing_slots,
             self._last_planned,
             awaited_step,
+            self.prefixes.begin_step(step, chunks.values()),
         )
         self._last_planned = step
         self.held_releases.clear()
@@ -269,11 +273,14 @@ class PipelineSchedule:
         oldest = min((*ready_decodes, *ready_prefills), key=lambda request: request.arrival, default=None)
         kept_back = 0 if oldest is None or oldest.is_decoding else 1
         num_decodes = min(self._decode_share(len(decoding)), self._max_decodes() - kept_back)
-        if _wait_for_others(decoding, ready_decodes, num_decodes):
+        if wait_for_others(decoding, ready_decodes, num_decodes):
             ready_decodes = []
         picked = [(request, 1) for request in ready_decodes[:num_decodes]]
         num_tokens_left = settings.max_batch_tokens - len(picked)
         for request in ready_prefills[: settings.max_batch_sequences - len(picked)]:
+            if self.prefixes.find_kept(request):
+                picked.append((request, 0))  # it is copied
+                continue
             num_tokens = min(request.num_unplanned_tokens, settings.prefill_chunk_tokens, num_tokens_left)
             if num_tokens < 1:
                 break
@@ -287,14 +294,8 @@ class PipelineSchedule:
         num_known_blocks = len(request.block_table)
         if start + num_tokens <= num_known_blocks * self._settings.block_tokens:
             return self._chunk(request, start, num_tokens, samples=start + num_tokens >= request.num_tokens)
-        while self.num_blocks_for(start + num_tokens) - num_known_blocks > self.allocator.num_free:
-            victim = self._youngest_after(request)
-            if victim is None:
-                break
-            with self._blame.handling(victim):
-                self.withdraw(victim)
-                preempted.append(victim)
-        num_covered_tokens = (num_known_blocks + self.allocator.num_free) * self._settings.block_tokens
+        num_blocks = self._make_room(request, self.num_blocks_for(start + num_tokens) - num_known_blocks, preempted)
+        num_covered_tokens = (num_known_blocks + num_blocks) * self._settings.block_tokens
         num_tokens = min(num_tokens, num_covered_tokens - start)
         if num_tokens < 1:
             return None
@@ -302,6 +303,26 @@ class PipelineSchedule:
         assert new_block_ids is not None, "the chunk was cut to what is free"
         request.block_table.extend(new_block_ids)
         return self._chunk(request, start, num_tokens, samples=start + num_tokens >= request.num_tokens)
+
+    def _plan_restoring(self, step: StepId, request: Request, preempted: list[Request]) -> ScheduledChunk | None:
+        """Plans that blocks come back from the session tier, as many as find room."""
+        slots = self.prefixes.find_kept(request)
+        self.prefixes.begin_restoring(request, slots)
+        block_ids = self.allocator.allocate(self._make_room(request, len(slots), preempted))
+        if not block_ids:
+            return None
+        request.block_table.extend(block_ids)
+        request.restoring = step
+        chunk = self._chunk(request, request.num_computed_tokens, len(block_ids) * self._settings.block_tokens)
+        return replace(chunk, block_offset=0, new_block_ids=block_ids, tier_slots=tuple(slots[: len(block_ids)]))
+
+    def _make_room(self, request: Request, count: int, preempted: list[Request]) -> int:
+        """Returns how many of so many blocks are free, once the younger ones that can have given theirs up."""
+        while count > self.allocator.num_free and (victim := self._youngest_after(request)) is not None:
+            with self._blame.handling(victim):
+                self.withdraw(victim)
+                preempted.append(victim)
+        return max(0, min(count, self.allocator.num_free))
 
     def _replay_candidates(self) -> list[tuple[Request, int]]:
         """Returns which requests replay how many tokens next, by arrival; in all as many tokens as a step may have."""
@@ -361,18 +382,19 @@ class PipelineSchedule:
         if has_failed:
             self._note_given_up([in_flight], now_s)
         del self.in_flight[step]
+        self.allocator.cache.tier.end_step(step, is_done=not has_failed)
         for other in self.in_flight.values():
             if other.plan.awaited_step == step:
                 other.planned_s = now_s
         self.last_step = max(self.last_step, step)
         self.pace.answered(now_s, has_failed=has_failed, is_canary=in_flight.is_canary)
-        if in_flight.plan.chunks and not has_failed:  # others say nothing of how long work takes
+        if in_flight.plan.num_tokens and not has_failed:  # others say nothing of how long work takes
             self.pace.measured(in_flight.plan.num_tokens, in_flight.planned_s, now_s)
             if in_flight.is_alone and all(other.plan.awaited_step == step for other in self.in_flight.values()):
                 self.drafts.note_step(in_flight.plan, now_s - in_flight.planned_s)
         for request in in_flight.requests:
             request.pace.is_disturbed |= has_failed
-            self._set_down(request, step)
+            self._set_down(request, step, has_failed=has_failed)
         return in_flight
 
     def note_computed(
@@ -388,6 +410,9 @@ class PipelineSchedule:
     ) -> None:
         """Notes that a chunk of a step that has landed is in the cache, but for drafts that were wrong, its last
         `num_rejected` tokens: of every slot; or, of a replay, there again."""
+        if chunk.tier_slots:
+            self.prefixes.note_restored(request, chunk, step, now_s)
+            return
         if is_replay:
             request.note_replayed(step, len(chunk.token_ids), now_s)
             self.prefixes.note_replayed(request, chunk.start_position)
@@ -405,10 +430,16 @@ class PipelineSchedule:
         if self.num_slots > 1 and waited and any(now_s - step.planned_s > UNANSWERED_S for step in given_up):
             self._plans_ahead_from_s = now_s + UNPLANNED_AHEAD_S
 
-    def _set_down(self, request: Request, step: StepId) -> None:
+    def _set_down(self, request: Request, step: StepId, *, has_failed: bool) -> None:
         """Takes the request out of a step. If it has ended meanwhile, nothing can write to its blocks after its last
-        one."""
+        one. Blocks that a failed step was to bring back are given back: they are looked for again."""
         del request.steps[step]
+        if request.restoring == step:
+            request.restoring = None
+            if has_failed:
+                kept = self.num_blocks_for(request.num_computed_tokens)
+                self.allocator.free(reversed(request.block_table[kept:]))
+                del request.block_table[kept:]
         if not request.steps and request.state is not RequestState.RUNNING:
             with self._blame.handling(request):
                 self._give_back(request)
@@ -435,7 +466,7 @@ class PipelineSchedule:
             request.num_recoveries += 1
             request.pace.is_disturbed = True
 
-    def resume(self, generation: Generation, kv_marks: Sequence[int], now_s: float) -> None:
+    def resume(self, opening: OpenPipeline, kv_marks: Sequence[int], now_s: float) -> None:
         """Begins a new generation. `kv_marks` says by slot up to which step its holder's cache is good.
 
         A request whose cache is not whole on every slot is replayed from where the worst of them ends.
@@ -450,7 +481,8 @@ class PipelineSchedule:
         for request, by_slot in covered.items():
             request.replay_from(min((by_slot[slot] for slot in lacking), default=request.num_computed_tokens))
         self.prefixes.resume(self.running, kv_marks)
-        self.generation, self.replay_slots, self.suspended_s = generation, tuple(sorted(lacking)), None
+        self.allocator.cache.resume_tier(opening.num_tier_slots, opening.tier_since, kv_marks)
+        self.generation, self.replay_slots, self.suspended_s = opening.generation, tuple(sorted(lacking)), None
         self._last_planned = 0
         self.pace.opened(now_s)
 
@@ -517,10 +549,11 @@ class PipelineSchedule:
         in_flight, self.in_flight = list(self.in_flight.values()), {}
         for step in in_flight:
             self.held_releases.extend(step.plan.released)  # not every stage may have been told
+            self.allocator.cache.tier.end_step(step.plan.step, is_done=False)
             for request in step.requests:
                 request.tell_anew()
                 request.pace.is_disturbed = True
-                self._set_down(request, step.plan.step)
+                self._set_down(request, step.plan.step, has_failed=True)
 
     # Being observed
 
@@ -567,17 +600,3 @@ class PipelineSchedule:
     def num_blocks_for(self, num_tokens: int) -> int:
         """Returns how many blocks hold this many tokens."""
         return num_blocks_for(num_tokens, self._settings.block_tokens)
-
-
-def _wait_for_others(decoding: Sequence[Request], ready: Sequence[Request], most: int) -> bool:
-    """Returns whether those that are ready had better go with those that are in steps now, once these are back: all
-    that decode need no more steps, of `most` of them at most, than are in flight. Who goes alone waits for nobody."""
-    num_steps = len({next(reversed(request.steps)) for request in decoding if request.steps})
-    num_needed = -(-len(decoding) // max(1, most))
-    return num_steps >= num_needed and not any(request.num_failed_steps for request in ready)
-
-
-def _isolated(picked: Sequence[tuple[Request, int]]) -> Sequence[tuple[Request, int]]:
-    """Returns a request whose last step failed alone, so that one that breaks its steps takes no others along."""
-    suspect = next((pick for pick in picked if pick[0].num_failed_steps), None)
-    return picked if suspect is None else [suspect]

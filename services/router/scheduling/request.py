@@ -101,6 +101,8 @@ class Request:
     """Prompt tokens that were found in the cache, and that it had not computed before."""
     is_unconfirmed: bool = False
     """Its cache ends with blocks that were found, and no step behind them was answered."""
+    restoring: StepId | None = None
+    """The step in flight that gets blocks of it back from the session tier: nothing of it runs beside that."""
     was_misled: bool = False
     """What it had found was of another class than what was computed behind it: it finds nothing more."""
 
@@ -145,7 +147,7 @@ class Request:
         """Says whether a further chunk of its prefill may follow those in flight: all that it needs of them is that
         they are computed before it, layer by layer. One that has broken a step goes one at a time, and one that is to
         start over not on."""
-        has_trouble = self.num_failed_steps or self.is_misled
+        has_trouble = self.num_failed_steps or self.is_misled or self.restoring
         return bool(self.steps) and self.num_unplanned_tokens > 0 and not has_trouble
 
     @property
@@ -212,6 +214,20 @@ class Request:
             self.block_table.append(block_id)
             self.num_computed_tokens += self.block_tokens
             self._note_history(max(step, self.kv_history[-1][0] if self.kv_history else 0))
+        self._note_found(start)
+
+    def note_restored(self, step: int, num_tokens: int, now_s: float) -> None:
+        """Notes that a step has brought this many of its next tokens back to every slot: it goes on as if it had found
+        them there."""
+        start = self.num_computed_tokens
+        self.num_computed_tokens += num_tokens
+        self._note_history(step)
+        if not self.num_failed_steps or self.num_computed_tokens > self.max_computed_tokens:
+            self.pace.progressed(now_s, is_measure=False)
+        self._note_found(start)
+
+    def _note_found(self, start: int) -> None:
+        """Notes that what is in its cache from `start` on was found."""
         stop = min(self.num_computed_tokens, len(self.generation_request.prompt_token_ids))
         self.num_found_tokens += max(0, stop - max(start, self.max_computed_tokens))
         self.max_computed_tokens = max(self.max_computed_tokens, self.num_computed_tokens)
@@ -311,7 +327,7 @@ class Request:
 
     def _forget_cache(self) -> None:
         self.num_computed_tokens = self.replay_position = self.replay_stop = self.num_entered_blocks = 0
-        self.numeric_class, self.is_unconfirmed = None, False
+        self.numeric_class, self.is_unconfirmed, self.restoring = None, False, None
         self.kv_history.clear()
         self.tell_anew()
 
@@ -361,6 +377,20 @@ def going_on_unseen(under_way: StepPlan, running: Sequence[Request]) -> list[Req
     if not all(request.is_decoding and not request.is_replaying and request.may_go_on_unseen for request in going_on):
         return []
     return going_on
+
+
+def wait_for_others(decoding: Sequence[Request], ready: Sequence[Request], most: int) -> bool:
+    """Returns whether those that are ready had better go with those that are in steps now, once these are back: all
+    that decode need no more steps, of `most` of them at most, than are in flight. Who goes alone waits for nobody."""
+    num_steps = len({next(reversed(request.steps)) for request in decoding if request.steps})
+    num_needed = -(-len(decoding) // max(1, most))
+    return num_steps >= num_needed and not any(request.num_failed_steps for request in ready)
+
+
+def isolated(picked: Sequence[tuple[Request, int]]) -> Sequence[tuple[Request, int]]:
+    """Returns a request whose last step failed alone, so that one that breaks its steps takes no others along."""
+    suspect = next((pick for pick in picked if pick[0].num_failed_steps), None)
+    return picked if suspect is None else [suspect]
 
 
 class Blame:

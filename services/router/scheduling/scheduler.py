@@ -123,7 +123,7 @@ class Scheduler:
             kv_marks = [adopted_step if held.is_held_by(slot, mark) else 0 for slot, mark in enumerate(kv_marks)]
             self._waiting.requests[:] = [request for request in self._waiting.requests if request not in adopted]
             self.counters.requests_adopted += len(adopted)
-        schedule.resume(generation, kv_marks, now_s)
+        schedule.resume(opening, kv_marks, now_s)
         self._selection.note_opening(pipeline, now_s)
         self._end_broken(now_s)
 
@@ -336,6 +336,7 @@ class Scheduler:
     def snapshot(self) -> SchedulerSnapshot:
         """Returns a copy of what metrics and the status page show."""
         schedules = self._schedules.open
+        caches = [schedule.allocator.cache for schedule in schedules.values()]
         return SchedulerSnapshot(
             num_waiting=len(self._waiting.requests),
             num_ahead=self._waiting.num_ahead(None, self.settings.max_waiting),
@@ -344,7 +345,9 @@ class Scheduler:
             pipelines=tuple(pipeline_evidence(schedules[pipeline]) for pipeline in sorted(schedules)),
             counters=deepcopy(self.counters),
             num_free_blocks=sum(schedule.allocator.num_free for schedule in schedules.values()),
-            num_cached_blocks=sum(schedule.allocator.cache.num_blocks for schedule in schedules.values()),
+            num_cached_blocks=sum(cache.num_blocks for cache in caches),
+            num_tier_slots=sum(cache.tier.num_slots for cache in caches),
+            num_kept_blocks=sum(cache.tier.num_kept for cache in caches),
             num_steps_in_flight=sum(not step.is_canary for step in self.steps_in_flight),
         )
 

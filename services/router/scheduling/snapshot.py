@@ -75,6 +75,10 @@ class SchedulerSnapshot:
     """Blocks of open pipelines that no sequence holds."""
     num_cached_blocks: int = 0
     """Blocks of open pipelines, held or not, in which a request may find what it needs."""
+    num_tier_slots: int = 0
+    """Blocks that the session tiers of open pipelines have room for."""
+    num_kept_blocks: int = 0
+    """Blocks that are in there."""
     num_steps_in_flight: int = 0
     """Steps that are not canaries."""
 

@@ -11,8 +11,8 @@ from services.router.engine import SamplingParameters, Token
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
-    """The tokens of one sequence in one step: a decode token, perhaps with drafts behind it, or a chunk of its
-    prefill."""
+    """The tokens of one sequence in one step: a decode token, perhaps with drafts behind it, a chunk of its prefill, or
+    what of its cache comes back from the session tier."""
 
     sequence_id: SequenceId
     token_ids: tuple[int, ...]
@@ -38,6 +38,9 @@ class ScheduledChunk:
     num_drafts: int = 0
     """How many of `token_ids`, the last ones, are guesses at what the last stage samples after the ones before. It
     answers with as many tokens as were right, and the one after them."""
+    tier_slots: tuple[int, ...] = ()
+    """Where its blocks lie in the session tier: it is copied from there to `new_block_ids` and not computed, and stages
+    hear nothing of the sequence. Empty: it is computed."""
 
     @property
     def draft_token_ids(self) -> tuple[int, ...]:
@@ -72,11 +75,24 @@ class StepPlan:
     """The step that was planned before it in this generation of the pipeline; 0: it is the first."""
     awaited_step: int = 0
     """The step whose tokens this one goes on with, planned before they were known; 0: all of its tokens are known."""
+    saves: tuple[tuple[int, int], ...] = ()
+    """Block and tier slot of what is copied to the session tier before anything else is done."""
+
+    @property
+    def computed(self) -> tuple[ScheduledChunk, ...]:
+        """Returns the chunks that the stages compute, and not those that come back by a copy."""
+        return tuple(chunk for chunk in self.chunks if not chunk.tier_slots)
+
+    @property
+    def restores(self) -> tuple[tuple[int, int], ...]:
+        """Returns tier slot and block of what comes back by a copy."""
+        restored = [chunk for chunk in self.chunks if chunk.tier_slots]
+        return tuple(pair for chunk in restored for pair in zip(chunk.tier_slots, chunk.new_block_ids, strict=True))
 
     @property
     def num_tokens(self) -> int:
         """Counts tokens that the stages compute."""
-        return sum(len(chunk.token_ids) for chunk in self.chunks)
+        return sum(len(chunk.token_ids) for chunk in self.chunks if not chunk.tier_slots)
 
     @property
     def only_decodes(self) -> bool:

@@ -42,6 +42,11 @@ class KvStore(Protocol):
     def caches(self) -> list[LayerKvCache]:
         """Returns what this process's forward pass reads and writes, one per layer."""
 
+    @property
+    def whole(self) -> list[Tensor] | None:
+        """Returns K and V of each layer, [blocks, ...] of all heads, where they lie in this process's memory on the
+        host; else None."""
+
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns copies of K and V at positions int64 [T], [L, T, H, W] each."""
 
@@ -73,6 +78,12 @@ class LocalKv:
     def use_heads(self, heads: slice) -> None:
         """Lets this process's forward pass read and write only these heads; other ranks use the rest of the memory."""
         self.caches = [cache.of_heads(heads.start, heads.stop) for cache in self._whole]
+
+    @property
+    def whole(self) -> list[Tensor] | None:
+        if not self._device.is_host:
+            return None
+        return [part for cache in self._whole for part in (cache.keys, cache.values)]
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         blocks, offsets = self._device.to_device(positions // KV_BLOCK_TOKENS, positions % KV_BLOCK_TOKENS)

@@ -210,6 +210,10 @@ class GroupKv:
         """Returns rank 0's heads."""
         return self._own.caches
 
+    @property
+    def whole(self) -> None:
+        """They are on devices."""
+
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = (torch.empty(self.shape.of_rows(len(positions)), dtype=self.shape.dtype) for _ in range(2))
         for start in range(0, len(positions), WINDOW_ROWS):

@@ -25,6 +25,7 @@ from services.stage.model.executor import Executor
 from services.stage.model.kv_cache import PagedMemory
 from services.stage.model.micro_batch import BlockTables
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
+from services.stage.model.session_tier import make_session_tier
 from services.stage.ranks.group import RankGroup
 from services.stage.ranks.memory_needs import Free, against_growth
 from services.stage.slot.layers import LayersLoad, LoadedLayers, StageLayers
@@ -101,9 +102,11 @@ class StageWorker:
         """
         if not 0 <= message.first_layer < message.stop_layer <= self.layers.config.num_layers:
             raise ProtocolError(f"layers [{message.first_layer}, {message.stop_layer}) are not in this model")
-        if message.num_blocks < 1 or not 0 <= message.slot < message.num_slots:
+        num_tier_slots = message.num_tier_slots if isinstance(message, AssignStage) else 0
+        if message.num_blocks < 1 or num_tier_slots < 0 or not 0 <= message.slot < message.num_slots:
             raise ProtocolError(
-                f"invalid slot: {message.slot} of {message.num_slots}, with {message.num_blocks} blocks"
+                f"invalid slot: {message.slot} of {message.num_slots}, with {message.num_blocks} blocks and "
+                f"{num_tier_slots} tier slots"
             )
         self._close_slot()
         if isinstance(message, AssignMirror):
@@ -263,17 +266,21 @@ class StageWorker:
             return self._refuse(error, header)
 
     def _keep_or_allocate(self, message: AssignStage | AssignMirror, loaded: LoadedLayers) -> HeldMemory:
-        """Returns the memory of this very slot as it is, or a new one."""
+        """Returns the memory of this very slot as it is, or a new one. A mirror has no session tier."""
+        num_tier_slots = 0 if isinstance(message, AssignMirror) else message.num_tier_slots
         tag = MemoryTag(
             message.pipeline, message.slot, message.num_slots, loaded.layers, message.num_blocks, loaded.dtype
         )
         if self._held is not None and self._held.tag == tag:
             self._held.watermark.begin_generation()
             self._held.tables.keeps_released = self.keeps_released
+            if self._held.tier.num_slots != num_tier_slots:
+                self._held.tier = make_session_tier(self._held.memory, num_tier_slots, self._held.watermark.mark)
             return self._held
         self._held = None  # nobody else has it: the new one needs its room
         memory = self.layers.allocate(loaded, message.num_blocks, with_log=message.slot < message.num_slots - 1)
-        self._held = HeldMemory(tag, memory, self._new_tables(message.num_blocks), StepWatermark())
+        tier = make_session_tier(memory, num_tier_slots, 0)
+        self._held = HeldMemory(tag, memory, self._new_tables(message.num_blocks), StepWatermark(), tier)
         return self._held
 
     def _new_tables(self, num_blocks: int) -> BlockTables:
@@ -318,7 +325,7 @@ class StageWorker:
             kv_bytes=held.memory.num_bytes,
             kv_mark=held.watermark.mark,
         )
-        ready = StageReady(message.pipeline, message.slot, message.lease_term, held.watermark.mark)
+        ready = StageReady(message.pipeline, message.slot, message.lease_term, held.watermark.mark, held.tier.since)
         return RoleTaken(ready, Header(generation=role.generation))
 
     def _refuse(self, error: Exception, header: Header) -> RoleRefused:

@@ -16,12 +16,16 @@ P0, P1 = PipelineId(0), PipelineId(1)
 
 
 def make_scheduler(
-    num_blocks: int = 100, num_slots: int = 1, drafter: Drafter | None = None, **changes: object
+    num_blocks: int = 100,
+    num_slots: int = 1,
+    num_tier_slots: int = 0,
+    drafter: Drafter | None = None,
+    **changes: object,
 ) -> Scheduler:
     """One that plans nothing ahead, so that each step has the tokens of those before it, unless it is told to."""
     fields: dict[str, object] = {"block_tokens": 4, "plans_ahead": False, **changes}
     scheduler = Scheduler(SchedulerSettings(**fields), drafter=drafter)  # type: ignore[arg-type]
-    open_pipeline(scheduler, P0, Generation(1), num_blocks, num_slots, now_s=0.0)
+    open_pipeline(scheduler, P0, Generation(1), num_blocks, num_slots, now_s=0.0, num_tier_slots=num_tier_slots)
     return scheduler
 
 
@@ -34,8 +38,20 @@ def open_pipeline(
     now_s: float,
     kv_marks: Sequence[int] = (),
     held: HeldCache | None = None,
+    num_tier_slots: int = 0,
+    tier_since: int = 0,
 ) -> None:
-    opening = OpenPipeline(pipeline, generation, NodeId("first"), num_blocks, num_slots, tuple(kv_marks), held)
+    opening = OpenPipeline(
+        pipeline,
+        generation,
+        NodeId("first"),
+        num_blocks,
+        num_slots,
+        tuple(kv_marks),
+        held,
+        num_tier_slots,
+        tier_since,
+    )
     scheduler.open_pipeline(opening, now_s)
 
 

@@ -101,6 +101,10 @@ class SimulatedStage:
     marks: StepWatermark = field(default_factory=lambda: StepWatermark())  # looked up late: a test plants another
     computed: dict[SequenceId, int] = field(default_factory=dict)
     """Positions that it says it has of each sequence."""
+    tier: dict[int, list[int]] = field(default_factory=dict)
+    """By tier slot: what stood in a block."""
+    tier_since: int = 0
+    """The step at which that was empty."""
     mirror: SimulatedMirror | None = None
     has_been_complete: bool = False
     """Its mirror: from then on it may take over, however far it lags."""
@@ -163,6 +167,11 @@ class SimulatedPipeline:
         """What the holders of both slots say of their caches."""
         return self._stages[0].marks.mark, self._stages[1].marks.mark
 
+    @property
+    def tier_since(self) -> int:
+        """Behind which step both have all that was saved."""
+        return max(holder.tier_since for holder in self._stages)
+
     def join_mirror(self, stage: int) -> None:
         """A stage's mirror is connected, whatever is under way; a former one is given up."""
         holder = self._stages[stage]
@@ -217,6 +226,7 @@ class SimulatedPipeline:
             holder.marks = StepWatermark(0 if mirror is None else mirror.mark)
             holder.mirror, holder.has_been_complete = None, False
             holder.computed.clear()
+            holder.tier, holder.tier_since = {}, holder.marks.mark
         for holder in self._stages:
             holder.marks.begin_generation()
 
@@ -269,7 +279,10 @@ class SimulatedPipeline:
             hidden = self._early_steps.with_tokens(arrived.step).hidden
             tokens = deque(frame_to_array(hidden, "int32", (None,), "Step.hidden").tolist())
             chunks = [
-                replace(chunk, token_ids=tuple(tokens.popleft() for _ in chunk.token_ids)) for chunk in plan.chunks
+                replace(chunk, token_ids=tuple(tokens.popleft() for _ in chunk.token_ids))
+                if not chunk.tier_slots
+                else chunk
+                for chunk in plan.chunks
             ]
             self._begin(replace(plan, chunks=tuple(chunks)))
 
@@ -283,6 +296,9 @@ class SimulatedPipeline:
         assert len(sequence_ids) == len(set(sequence_ids)), "a sequence is in a step twice"
         for chunk in plan.chunks:
             assert chunk.sequence_id not in self._released, f"sequence {chunk.sequence_id} was released"
+            if chunk.tier_slots:
+                self._check_restored(plan, chunk)
+                continue
             table = self._block_tables.setdefault(chunk.sequence_id, [])
             if chunk.block_offset == 0:
                 table.clear()
@@ -297,6 +313,21 @@ class SimulatedPipeline:
         self._under_way[plan.step] = plan
         self._arrive(0, plan)
 
+    def _check_restored(self, plan: StepPlan, chunk: ScheduledChunk) -> None:
+        assert not chunk.samples
+        assert chunk.start_position % self._block_tokens == 0
+        assert len(chunk.token_ids) == len(chunk.new_block_ids) * self._block_tokens
+        assert not plan.computing_slots
+        assert not self.before(plan), "stages do not order it behind others of its sequence"
+
+    def _copy(self, holder: SimulatedStage, plan: StepPlan) -> None:
+        """As a stage does before it begins a step."""
+        size = self._block_tokens
+        for block_id, slot in plan.saves:
+            holder.tier[slot] = [holder.cache[block_id * size + offset] for offset in range(size)]
+        for slot, block_id in plan.restores:
+            holder.cache |= {block_id * size + offset: holder.tier[slot][offset] for offset in range(size)}
+
     def advance(self, plan: StepPlan) -> bool:
         """The stage that has the step is done with it, and the next one gets it. False: the last stage is done. Nothing
         happens while the stage has one that comes before it."""
@@ -310,9 +341,12 @@ class SimulatedPipeline:
         self._has_left[plan.step] += 1
         rows: dict[int, int] = {}
         if not plan.computing_slots or stage in plan.computing_slots:
-            for chunk in plan.chunks:
+            for chunk in plan.computed:
                 rows |= self._write(self._stages[stage].cache, chunk)
                 self._stages[stage].note_computed(chunk)
+        for _, block_id in plan.restores:
+            places = range(block_id * self._block_tokens, (block_id + 1) * self._block_tokens)
+            rows |= {place: self._stages[stage].cache[place] for place in places}
         self._stages[stage].marks.finish(plan.step)
         if not plan.computing_slots or stage in plan.computing_slots:
             self._stages[stage].send_to_mirror(rows)
@@ -381,6 +415,7 @@ class SimulatedPipeline:
 
     def _arrive(self, stage: int, plan: StepPlan) -> None:
         self._stages[stage].marks.begin(plan.step, plan.previous_step)
+        self._copy(self._stages[stage], plan)
         self._has_left[plan.step] = stage
 
     def _slots(self, chunk: ScheduledChunk, start: int, stop: int) -> list[int]:

@@ -66,7 +66,7 @@ class WrittenRows(SimulatedPipeline):
         """What the last stage says with its answer."""
         experts = self._experts_of.pop(plan.step, {self.expert_class})
         number = zlib.crc32(repr((self.classes, experts)).encode()) + 1 if len(experts) == 1 else 0
-        degraded = (chunk.sequence_id for chunk in plan.chunks if self._is_degraded(plan, chunk))
+        degraded = (chunk.sequence_id for chunk in plan.computed if self._is_degraded(plan, chunk))
         return ComputedBy(number, frozenset(degraded))
 
     def _is_degraded(self, plan: StepPlan, chunk: ScheduledChunk) -> bool:
@@ -75,12 +75,12 @@ class WrittenRows(SimulatedPipeline):
     def drop_steps(self) -> None:
         for plan in reversed(self._under_way.values()):
             if not plan.computing_slots:  # what is before its first chunk that is void was found, and looked at
-                self._planned.update((chunk.sequence_id, chunk.start_position) for chunk in plan.chunks)
+                self._planned.update((chunk.sequence_id, chunk.start_position) for chunk in plan.computed)
         super().drop_steps()
 
     def _begin(self, plan: StepPlan) -> None:
         super()._begin(plan)
-        for chunk in plan.chunks:
+        for chunk in plan.computed:
             if not plan.computing_slots:
                 # A restarted router may count less than the one before it.
                 before = min(self._planned.get(chunk.sequence_id, 0), chunk.start_position)

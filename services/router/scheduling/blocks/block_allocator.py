@@ -18,11 +18,11 @@ class BlockAllocator:
     was given back, so that a run can be repeated, and a lightly loaded pool touches few pages of the stages' memory.
     """
 
-    def __init__(self, num_blocks: int, counters: PrefixCounters | None = None) -> None:
+    def __init__(self, num_blocks: int, counters: PrefixCounters | None = None, num_tier_slots: int = 0) -> None:
         if num_blocks < 1:
             raise ValueError(f"a pool needs at least 1 block, not {num_blocks}")
         self.num_blocks = num_blocks
-        self.cache = PrefixCache(counters or PrefixCounters())
+        self.cache = PrefixCache(counters or PrefixCounters(), num_tier_slots)
         """What is in there is entered by others. While it is empty, every block that nobody holds is in the heap."""
         self._free = list(range(num_blocks))  # a heap; an ascending list is one
         self._reference_counts = [0] * num_blocks

@@ -6,9 +6,10 @@ It knows no requests. The allocator counts who holds a block, and tells this tab
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.router.scheduling.blocks.key_chain import BlockKey
+from services.router.scheduling.blocks.session_tier import SessionTier, TierCounters
 
 
 @dataclass(slots=True)
@@ -18,10 +19,12 @@ class PrefixCounters:
     tokens_asked: int = 0
     """Prompt tokens of requests that looked for cached ones."""
     tokens_found: int = 0
+    """Those of them that were found, in blocks or in the session tier."""
     blocks_found: int = 0
     blocks_entered: int = 0
     blocks_evicted: int = 0
     """Cached blocks that were given to others."""
+    tier: TierCounters = field(default_factory=TierCounters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,10 @@ class _Entry:
 class PrefixCache:
     """The cached blocks of one pipeline. A block is cached under one key at most, and a key names one block."""
 
-    def __init__(self, counters: PrefixCounters) -> None:
+    def __init__(self, counters: PrefixCounters, num_tier_slots: int = 0) -> None:
         self.counters = counters
+        self.tier = SessionTier(num_tier_slots, counters.tier)
+        """Where blocks go that are given to others."""
         self._entries: dict[int, _Entry] = {}
         self._blocks: dict[BlockKey, int] = {}
         self._idle: dict[int, None] = {}
@@ -96,6 +101,14 @@ class PrefixCache:
         oldest = min(marks, default=None)
         return [] if oldest is None else [block for block, entry in self._entries.items() if entry.step > oldest]
 
+    def resume_tier(self, num_tier_slots: int, after: int, marks: Sequence[int]) -> None:
+        """Keeps of the tier what all holders still have: what steps behind `after` and up to their marks have saved. Of
+        a tier of another size that is nothing."""
+        self.tier.retain(after, min(marks, default=None))
+        if num_tier_slots != self.tier.num_slots:
+            self.tier.retain(0, 0)
+            self.tier = SessionTier(num_tier_slots, self.counters.tier)
+
     # What the allocator tells and asks
 
     def rest(self, block_id: int) -> bool:
@@ -113,6 +126,7 @@ class PrefixCache:
     def evict(self) -> int:
         """Returns the block that nobody has held for longest, which is cached no more. There must be one."""
         block_id = next(iter(self._idle))
+        self.tier.keep(self._entries[block_id].key, block_id)
         self.drop([block_id])
         self.counters.blocks_evicted += 1
         return block_id
@@ -130,7 +144,8 @@ class PrefixCache:
         return idle
 
     def check_invariants(self) -> None:
-        """Raises AssertionError if keys and blocks do not name each other."""
+        """Raises AssertionError if keys and blocks do not name each other, or tier slots do not add up."""
+        self.tier.check_invariants()
         assert {entry.key: block for block, entry in self._entries.items()} == self._blocks, "a key has another block"
         assert self._idle.keys() <= self._entries.keys(), "a block rests and is not cached"
         assert self._spoilt.isdisjoint(self._entries), "a spoilt block is cached"

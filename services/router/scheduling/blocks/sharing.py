@@ -4,16 +4,26 @@ A block is whole once a step that completes it is answered: then it is entered, 
 replay, which writes the same. Cached is what a chain of such blocks leads to from position 0. A block that a step
 planned ahead completes has no name before that: one of its tokens is not known. If the request has ended meanwhile,
 it gets none, and is free once that step is back.
+
+What had to make room for others may lie in the session tier. A request gets it back as if it computed it: a chunk in
+fresh blocks, which is in flight like any other, and is whole once its step is answered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+from common.ids import StepId
 from services.router.scheduling.blocks.block_allocator import BlockAllocator
 from services.router.scheduling.blocks.key_chain import BlockKey
 from services.router.scheduling.request import Blame, Request
 from services.router.scheduling.step_plan import ComputedBy, ScheduledChunk
+
+MAX_RESTORED_BLOCKS = 32
+"""Blocks of one request that one step brings back from the session tier: copying them takes some ms, for which whoever
+decodes in that step waits."""
+MAX_FAILURES_RESTORING = 1
+"""Who has had more failed steps in a row computes what it could get back: perhaps they failed by that."""
 
 
 class PrefixSharing:
@@ -66,8 +76,47 @@ class PrefixSharing:
             self._cache.counters.tokens_found += request.num_found_tokens - num_before
 
     def num_found(self, request: Request) -> int:
-        """Counts the tokens that a request which waits would find."""
-        return len(self.find(request)) * self._block_tokens
+        """Counts the tokens that a request which waits would find, in blocks or in the session tier."""
+        if not self._may_find(request):
+            return 0
+        for index in range(len(request.block_table), self._num_findable(request)):
+            key = request.block_key(index, self._numeric_class)
+            if self._cache.find(key) is None and self._cache.tier.find(key) is None:
+                return index * self._block_tokens
+        return self._num_findable(request) * self._block_tokens
+
+    def find_kept(self, request: Request) -> list[int]:
+        """Returns the tier slots of the blocks that a request which runs here needs next, and that are in no block."""
+        if not self._cache.tier.num_kept or not self._may_find(request):
+            return []
+        if request.num_failed_steps > MAX_FAILURES_RESTORING:
+            return []
+        slots: list[int] = []
+        start = len(request.block_table)
+        for index in range(start, min(start + MAX_RESTORED_BLOCKS, self._num_findable(request))):
+            key = request.block_key(index, self._numeric_class)
+            slot = self._cache.tier.find(key)
+            if slot is None or self._cache.find(key) is not None:
+                break
+            slots.append(slot)
+        return slots
+
+    def begin_restoring(self, request: Request, slots: Sequence[int]) -> None:
+        """Notes that a request is to get what is in these tier slots, for which others make room: they stay, and what
+        it needs behind them is the last to go."""
+        if not slots:
+            return
+        self._cache.tier.hold(slots)
+        indices = range(len(request.block_table), self._num_findable(request))
+        self._cache.tier.touch(request.block_key(index, self._numeric_class) for index in reversed(indices))
+        request.numeric_class = self._numeric_class
+
+    def begin_step(self, step: StepId, chunks: Collection[ScheduledChunk]) -> tuple[tuple[int, int], ...]:
+        """Notes that a step with these chunks is planned. Returns block and tier slot of what it is to save first: that
+        is overwritten by it."""
+        given = {block_id for chunk in chunks for block_id in chunk.new_block_ids}
+        read = [slot for chunk in chunks for slot in chunk.tier_slots]
+        return self._cache.tier.begin_step(step, given, read)
 
     def holds(self, request: Request, count: int) -> bool:
         """Returns whether a request which waits would find so many blocks that others hold: they cost it no free
@@ -162,6 +211,21 @@ class PrefixSharing:
             self._cache.spoil(self._blocks(request, chunk.start_position, stop))
         if not request.is_replaying:
             self._enter(request, step, request.numeric_class)
+
+    def note_restored(self, request: Request, chunk: ScheduledChunk, step: int, now_s: float) -> None:
+        """Notes that a chunk of a request was brought back by a step that was answered: it counts as found."""
+        assert request.numeric_class, "it was found under a class"
+        first = chunk.start_position // self._block_tokens
+        keys = [request.block_key(first + place, request.numeric_class) for place in range(len(chunk.tier_slots))]
+        self._cache.tier.note_back(keys)
+        num_before, counters = request.num_found_tokens, self._cache.counters
+        request.note_restored(step, len(chunk.token_ids), now_s)
+        num_found = request.num_found_tokens - num_before
+        counters.blocks_found += len(keys)
+        counters.tier.blocks_restored += len(keys)
+        counters.tokens_found += num_found
+        counters.tier.tokens_restored += num_found
+        self._enter(request, step, request.numeric_class)
 
     def _enter(self, request: Request, step: int, numeric_class: int) -> None:
         num_whole = request.num_computed_tokens // self._block_tokens

@@ -12,7 +12,7 @@ from services.router.engine import GenerationRequest
 from services.router.scheduling.step_plan import ComputedBy, StepPlan
 from tests.support.router.simulated_pipeline import build_request, reference_tokens
 from tests.support.router.written_rows import WrittenRows
-from tests.unit.router.scheduling.test_takeover_properties import NUM_BLOCKS, P0, Mesh
+from tests.unit.router.scheduling.test_takeover_properties import P0, Mesh
 
 MOVES = st.lists(
     st.tuples(st.sampled_from("wwwwwwwaaaaaassssffffjttrnn"), st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
@@ -51,7 +51,7 @@ class AlikeMesh(Mesh):
         return replace(request, prompt_token_ids=prompt)
 
     def make_stages(self) -> WrittenRows:
-        return WrittenRows(P0, Generation(1), NUM_BLOCKS, 4, self.requests)
+        return WrittenRows(P0, Generation(1), self.num_blocks, 4, self.requests)
 
     def computed_by(self, plan: StepPlan) -> ComputedBy:
         assert isinstance(self.stages, WrittenRows)
@@ -99,3 +99,28 @@ def test_a_restarted_router_shares_the_blocks_that_were_shared() -> None:
     assert after.num_free_blocks == before.num_free_blocks
     mesh.scheduler.check_invariants()
     mesh.finish()
+
+
+class SmallPoolMesh(AlikeMesh):
+    """Blocks of the longest request and hardly more: what nobody holds makes room, and comes back."""
+
+    num_blocks = 12
+    num_tier_slots = 20
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(moves=MOVES, batch_sequences=st.sampled_from([1, 2, 4]), stop_token_ids=STOPS)
+def test_what_comes_back_from_the_session_tier_is_right_whoever_takes_over_or_restarts(
+    moves: list[tuple[str, int, int, int]], batch_sequences: int, stop_token_ids: frozenset[int]
+) -> None:
+    mesh = SmallPoolMesh(batch_sequences, stop_token_ids)
+    for move in moves:
+        mesh.move(*move)
+        mesh.scheduler.check_invariants()
+    mesh.finish()
+
+
+def test_a_small_pool_gets_back_what_it_had_no_room_for() -> None:
+    mesh = SmallPoolMesh()
+    mesh.finish()
+    assert mesh.scheduler.snapshot().counters.prefixes.tier.blocks_restored >= 5

@@ -39,6 +39,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["least_in_flight", "weighted"]),
         num_blocks=st.integers(4, 14),
         most_drafts=st.integers(0, 5),
+        num_tier_slots=st.integers(0, 8),
     )
     def start(
         self,
@@ -53,7 +54,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy: str,
         num_blocks: int,
         most_drafts: int,
+        num_tier_slots: int,
     ) -> None:
+        self.num_tier_slots = num_tier_slots
         self.settings = SchedulerSettings(
             block_tokens=block_tokens,
             max_batch_tokens=max_batch_tokens,
@@ -93,7 +96,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.suspended.pop(pipeline, None)
         self.scheduler.close_pipeline(pipeline, self.now_s)
         generation = Generation(self.generation)
-        open_pipeline(self.scheduler, pipeline, generation, num_blocks, num_slots=2, now_s=self.now_s)
+        open_pipeline(
+            self.scheduler, pipeline, generation, num_blocks, 2, self.now_s, num_tier_slots=self.num_tier_slots
+        )
         self.num_blocks[pipeline] = num_blocks
         self.stages[pipeline] = self.make_stages(pipeline, generation, num_blocks)
         if pipeline in self.former:
@@ -278,7 +283,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.generation += 1
         stages.resume(Generation(self.generation), sorted(lost), mirrored)
         open_pipeline(
-            self.scheduler, pipeline, Generation(self.generation), num_blocks, 2, self.now_s, kv_marks=stages.marks
+            self.scheduler,
+            pipeline,
+            Generation(self.generation),
+            num_blocks,
+            2,
+            self.now_s,
+            kv_marks=stages.marks,
+            num_tier_slots=self.num_tier_slots,
+            tier_since=stages.tier_since,
         )
         self.stages[pipeline] = stages
         self.send_plans()

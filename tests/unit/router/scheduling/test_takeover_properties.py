@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.ids import Generation, PipelineId, RequestId, SequenceId
+from services.router.control.adoption import HeldCache
 from services.router.engine import GenerationRequest
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.settings import SchedulerSettings
@@ -17,7 +20,6 @@ from tests.support.router.scheduling import is_idle, open_pipeline
 from tests.support.router.simulated_pipeline import SimulatedPipeline, build_request, reference_tokens
 
 P0 = PipelineId(0)
-NUM_BLOCKS = 64
 MOVES = st.lists(
     st.tuples(st.sampled_from("wwwwwwwaaaassffffjttr"), st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
     min_size=20,
@@ -31,6 +33,8 @@ class Mesh:
     caches_prefixes = False
     num_at_start = 4
     """The requests after these come later."""
+    num_blocks = 64
+    num_tier_slots = 0
 
     def __init__(self, batch_sequences: int, most_drafts: int = 0) -> None:
         """Requests go in micro-batches of so many: of one they overtake each other, of all they are planned ahead."""
@@ -47,7 +51,7 @@ class Mesh:
         self.expected = {request.request_id: reference_tokens(request) for request in self.requests}
         self.most_drafts = most_drafts
         self.scheduler = Scheduler(self.settings, drafter=ErringDrafter(self.expected, most_drafts))
-        open_pipeline(self.scheduler, P0, Generation(1), NUM_BLOCKS, 2, 0.0)
+        self.open_pipeline(1, ())
         self.stages = self.make_stages()
         self.generation = 1
         self.router_term = 0
@@ -59,11 +63,27 @@ class Mesh:
             self.stages.mirror(stage)
         self.add_next(self.num_at_start)
 
+    def open_pipeline(
+        self, generation: int, kv_marks: Sequence[int], held: HeldCache | None = None, tier_since: int = 0
+    ) -> None:
+        open_pipeline(
+            self.scheduler,
+            P0,
+            Generation(generation),
+            self.num_blocks,
+            2,
+            0.0,
+            kv_marks,
+            held,
+            self.num_tier_slots,
+            tier_since,
+        )
+
     def make_requests(self) -> list[GenerationRequest]:
         return [build_request(f"r{n}", 3 + 4 * n, 12, seed=n) for n in range(4)]
 
     def make_stages(self) -> SimulatedPipeline:
-        return SimulatedPipeline(P0, Generation(1), NUM_BLOCKS, 4)
+        return SimulatedPipeline(P0, Generation(1), self.num_blocks, 4)
 
     def computed_by(self, plan: StepPlan) -> ComputedBy:
         return UNKNOWN
@@ -94,7 +114,7 @@ class Mesh:
         self.in_flight.clear()
         self.generation += 1
         self.stages.resume(Generation(self.generation), [stage], mirrored=True)
-        open_pipeline(self.scheduler, P0, Generation(self.generation), NUM_BLOCKS, 2, 0.0, kv_marks=self.stages.marks)
+        self.open_pipeline(self.generation, self.stages.marks, tier_since=self.stages.tier_since)
         self.stages.join_mirror(stage)
         self.send()
 
@@ -111,16 +131,8 @@ class Mesh:
                 self.scheduler.add(request.restored(tokens, self.sequences.get(request.request_id)), 0.0)
         self.generation += 1
         self.stages.resume(Generation(self.generation), lost, mirrored=True)
-        open_pipeline(
-            self.scheduler,
-            P0,
-            Generation(self.generation),
-            NUM_BLOCKS,
-            2,
-            0.0,
-            self.stages.marks,
-            held.kept_by({0, 1} - set(lost)),
-        )
+        kept = held.kept_by({0, 1} - set(lost))
+        self.open_pipeline(self.generation, self.stages.marks, kept, self.stages.tier_since)
         self.send()
 
     def move(self, kind: str, stage: int, which: int, count: int) -> None:
