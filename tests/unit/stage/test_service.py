@@ -27,6 +27,7 @@ from common.messages import (
     MirrorTo,
     StageReady,
     Step,
+    TensorFrame,
     Unassign,
 )
 from common.node.loop import LEAVE_DEADLINE_S
@@ -225,6 +226,49 @@ def test_a_step_at_which_reading_breaks_costs_that_step_and_not_the_stage(
     stage.get_step(step([(8, 0, 5, 0, 1, 0)], [4]), 1, 11)
     stage._receive_steps(100.0)
     assert stage.held_sequences == {8: [4]}
+
+
+def pairs(*wanted: tuple[int, int]) -> TensorFrame:
+    return array_to_frame(np.array(wanted, dtype=np.int32))
+
+
+def test_a_step_saves_and_brings_back_blocks_before_it_is_computed_and_its_mirror_gets_them(stage: Stage) -> None:
+    stage.take_slot(replace(ASSIGN, num_tier_slots=2), 1)
+    assert stage.worker.slot is not None
+    held = stage.worker.slot.held
+    held.memory.caches[0].keys[3].fill_(3.0)
+    held.memory.log[3 * 32 : 4 * 32].fill_(5.0)
+    stage.get_step(replace(step([], []), saves=pairs((3, 1))), 1, 10)
+    stage._receive_steps(100.0)
+    held.memory.caches[0].keys[3].fill_(4.0)
+    mirror = stage.follow(0)
+    stage.get_step(replace(step([], []), saves=pairs((3, 0)), restores=pairs((1, 3), (0, 5))), 1, 11)
+    stage._receive_steps(100.0)
+    assert [held.memory.caches[0].keys[block].unique().tolist() for block in (3, 5)] == [[3.0], [4.0]]
+    assert held.memory.log[3 * 32 : 4 * 32].unique().tolist() == [5.0]
+    assert {3, 5} <= set(held.tables.used_blocks()), "a mirror that joins is filled with them"
+    stage._run_what_can()
+    ((message, _),) = mirror.take_sent()
+    assert isinstance(message, MirrorRows)
+    assert message.mark == 11
+    positions = frame_to_array(message.positions, "int64", (None,), "positions")
+    assert positions.tolist() == [*range(96, 128), *range(160, 192)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"saves": pairs((40, 0))},
+        {"saves": pairs((0, 2))},
+        {"restores": pairs((2, 0))},
+        {"restores": pairs((0, 0)), "computing_slots": (0,)},
+    ],
+)
+def test_a_step_that_copies_from_or_to_a_place_that_is_not_there_fails(stage: Stage, wrong: dict[str, Any]) -> None:
+    stage.take_slot(replace(ASSIGN, num_tier_slots=2), 1)
+    stage.get_step(replace(step([], []), **wrong), 1, 10)
+    stage._receive_steps(100.0)
+    assert len(stage.control.failures) == 1
 
 
 def awaiting_step(awaited_step: int) -> Step:

@@ -123,3 +123,16 @@ def test_no_other_cut_has_a_cheaper_worst_stage(costs: list[int], first: int, la
     assert all(stage.start < stage.stop for stage in plan)
     cuts = combinations(range(1, len(costs)), num_stages - 1)
     assert worst(plan) == min(worst(ranges(0, *cut, len(costs))) for cut in cuts)
+
+
+def test_a_tier_has_what_the_budget_and_the_tightest_slot_leave_beside_the_pool() -> None:
+    spans = plan_layers(small_model(), 2)
+    sizes = StageSizes(small_model(), small_mesh(session_cache_bytes=10 * BLOCK_BYTES), spans)
+    first, last = sizes.block_bytes(0), sizes.block_bytes(1)
+    assert first > last, "it has a log"
+    assert sizes.tier_slots({0: PLENTY, 1: PLENTY}, 32) == 10 * BLOCK_BYTES // first
+    tight = sizes.weight_bytes(0) + 33 * first + 2 * first
+    assert sizes.tier_slots({0: tight, 1: PLENTY}, 32) == 2
+    assert sizes.tier_slots({0: tight - 1, 1: PLENTY}, 32) == 1
+    assert sizes.tier_slots({0: sizes.weight_bytes(0), 1: PLENTY}, 32) == 0
+    assert StageSizes(small_model(), small_mesh(), spans).tier_slots({0: PLENTY, 1: PLENTY}, 32) == 0

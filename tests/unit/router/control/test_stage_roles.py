@@ -53,6 +53,21 @@ def test_it_opens_with_the_last_of_its_slots_and_once() -> None:
     assert roles.num_open == 1
 
 
+def test_it_opens_with_tiers_of_one_size_that_have_what_the_one_begun_last_can_have() -> None:
+    roles = roles_of(session_cache_bytes=1 << 20)
+    roles.join(node("a"))
+    (a, generation), (b, _) = told(roles.join(node("b"))).values()
+    assert a.num_tier_slots == b.num_tier_slots > 0
+    roles.apply_ready(NodeId("b"), replace(ready(b), tier_since=5), generation)
+    (action,) = roles.apply_ready(NodeId("a"), replace(ready(a), tier_since=3), generation)
+    assert isinstance(action, OpenPipeline)
+    assert (action.num_tier_slots, action.tier_since) == (a.num_tier_slots, 5)
+    for assigned, generation in told(roles.renew(PipelineId(0))).values():
+        (*_, action) = [None, *roles.apply_ready(NodeId("ab"[assigned.slot]), ready(assigned), generation)]
+    assert isinstance(action, OpenPipeline)
+    assert action.tier_since == 0, "each generation is told anew"
+
+
 def test_reports_of_another_generation_slot_or_node_change_nothing() -> None:
     roles = roles_of()
     roles.join(node("a"))

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from common.errors import ProtocolError
 from common.ids import Generation, PipelineId, SequenceId, StepId
-from common.messages import Header, StepResult, TensorFrame
-from common.wire.array import array_to_frame
+from common.messages import NO_PAIRS, Header, Step, StepResult, TensorFrame
+from common.wire.array import array_to_frame, frame_to_array
 from common.wire.codec import decode, encode
 from services.router.engine import SamplingParameters, Token
-from services.router.mesh.step_message import sampled_tokens, step_header, step_message
+from services.router.mesh.step_message import computed_by, sampled_tokens, step_header, step_message
 from services.router.scheduling.request import count_tokens
 from services.router.scheduling.step_plan import ScheduledChunk, StepPlan
 
@@ -279,3 +279,18 @@ def test_a_table_of_stop_tokens_is_made_once_for_all_choices_and_steps() -> None
     assert asking.early_bias_table is asking.early_bias_table
     assert sorted(rows(first.biases)) == [[0, 5, -INF], [0, 6, -INF]]
     assert sorted(rows(again.biases)) == [[row, token_id, -INF] for row in (0, 1) for token_id in (5, 6)]
+
+
+def test_what_comes_back_by_a_copy_is_told_apart_from_what_is_computed() -> None:
+    restored = replace(chunk(2, 8, samples=False), block_offset=0, new_block_ids=(7, 8), tier_slots=(3, 1))
+    made = replace(plan(restored, chunk(1)), saves=((7, 0),))
+    message, _ = decode(encode(step_message(made), Header()))
+    assert isinstance(message, Step)
+    assert frame_to_array(message.hidden, "int32", (None,), "hidden").tolist() == [0]
+    assert frame_to_array(message.sequences, "int64", (1, 6), "sequences")[0, 0] == 1
+    assert frame_to_array(message.new_blocks, "int32", (None,), "new_blocks").tolist() == [7]
+    assert frame_to_array(message.saves, "int32", (None, 2), "saves").tolist() == [[7, 0]]
+    assert frame_to_array(message.restores, "int32", (None, 2), "restores").tolist() == [[3, 7], [1, 8]]
+    answer = replace(result([1], [4]), degraded=array_to_frame(np.ones(1, dtype=np.uint8)))
+    assert computed_by(answer, made).degraded == {1}
+    assert step_message(plan(chunk(1))).restores == NO_PAIRS

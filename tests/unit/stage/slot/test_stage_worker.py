@@ -178,6 +178,38 @@ def test_a_mirror_that_is_not_complete_takes_over_with_nothing(worker: Worker) -
     assert taken.ready.kv_mark == 0
 
 
+def test_a_session_tier_goes_on_with_its_memory_and_is_empty_where_another_one_begins(worker: Worker) -> None:
+    def since(num_tier_slots: int, generation: int) -> tuple[int, int]:
+        outcome = worker.take(replace(ASSIGN, num_tier_slots=num_tier_slots), generation)
+        outcome = worker.finish() if outcome is None else outcome
+        assert isinstance(outcome, RoleTaken)
+        assert isinstance(outcome.ready, StageReady)
+        assert worker.slot is not None
+        assert worker.slot.held.tier.num_slots == num_tier_slots
+        return outcome.ready.tier_since, outcome.ready.kv_mark
+
+    assert since(3, 1) == (0, 0)
+    assert worker.slot is not None
+    tier = worker.slot.held.tier
+    worker.slot.held.watermark.begin(17, 0)
+    assert since(3, 2) == (0, 17)
+    assert worker.slot.held.tier is tier
+    assert since(2, 3) == (17, 17), "another size"
+    assert since(0, 4) == (17, 17)
+
+
+def test_a_mirror_that_takes_over_has_an_empty_session_tier(worker: Worker) -> None:
+    worker.assign(FOLLOW, Header(), torch.float32)
+    worker.finish()
+    assert worker.mirror is not None
+    worker.mirror.is_complete, worker.mirror.mark = True, 41
+    for generation in (2, 3):  # the first may never have opened
+        taken = worker.take(replace(ASSIGN, lease_term=2, num_tier_slots=3), generation)
+        assert isinstance(taken, RoleTaken)
+        assert isinstance(taken.ready, StageReady)
+        assert (taken.ready.tier_since, taken.ready.kv_mark) == (41, 41)
+
+
 def memory_of_another_holder() -> PagedMemory:
     kv_shape = QWEN3.kv_heads, QWEN3.head_width
     return allocate_paged_memory(2, ASSIGN.num_blocks, kv_shape, QWEN3.width, torch.float32, with_log=True)
