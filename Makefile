@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV CONDA_PREFIX PIP_TARGET
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test slow-test lint type fmt bench bench-peers bench-agents bench-cache bench-growth bench-safety bench-parallel bench-collectives bench-hops bench-gaps bench-hosts bench-drafts bench-pipelines bench-long-prompt bench-stalls bench-parity bench-turns bench-router bench-memory bench-bits bench-builds source-counts load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
+.PHONY: help setup run test slow-test lint type fmt bench bench-peers bench-agents bench-cache bench-growth bench-safety bench-parallel bench-collectives bench-hops bench-gaps bench-hosts bench-drafts bench-pipelines bench-long-prompt bench-stalls bench-parity bench-turns bench-router bench-memory bench-sessions bench-bits bench-builds source-counts load-test gpu-test chaos chaos-compose chaos-weights demo-model demo-eval lock clean
 
 help:
 	@echo 'make run           start a mesh on this machine and serve until Ctrl-C'
@@ -38,6 +38,7 @@ help:
 	@echo 'make bench-turns   the longest turns of the mesh thread of a large mesh'
 	@echo 'make bench-router  CPU time of the router a token, with 256 streams of a mesh that computes nothing'
 	@echo 'make bench-memory  memory of each process of a mesh, and what the model needs of it'
+	@echo 'make bench-sessions a conversation that had to make room for others, beside a cold one'
 	@echo 'make bench-bits    hashes of the answers of this build, or whether another one has the same (BENCH_ARGS)'
 	@echo 'make bench-builds  this build beside another one, in pairs: speed, CPU time (BENCH_ARGS="--before ../before")'
 	@echo 'make source-counts files, lines, classes and functions of the source, also beside another checkout'
@@ -132,6 +133,9 @@ bench-router: $(STAMP)
 
 bench-memory: $(STAMP)
 	$(VENV_PYTHON) -m tests.benchmarks.memory $(BENCH_ARGS)
+
+bench-sessions: $(STAMP)
+	$(VENV_PYTHON) -m tests.benchmarks.sessions $(BENCH_ARGS)
 
 bench-bits: $(STAMP)
 	$(VENV_PYTHON) -m tests.benchmarks.same_bits $(BENCH_ARGS)

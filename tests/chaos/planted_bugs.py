@@ -125,6 +125,16 @@ def keep_evicted(evict: Callable[..., int]) -> Callable[..., int]:
     return planted
 
 
+def reuse_tier_slot(free_slot: Callable[..., int | None]) -> Callable[..., int | None]:
+    """A tier slot is given to another block, and its entry stays: the one that was of use last."""
+
+    def planted(self: Any) -> int | None:
+        stale = next((kept.slot for kept in reversed(self._kept.values()) if self._may_go(kept)), None)
+        return free_slot(self) if stale is None else stale
+
+    return planted
+
+
 def take_late_reply(receive: Callable[..., Any]) -> Callable[..., Any]:
     """A late answer of an expert node is taken for the answer to another call: the next that is answered."""
     sent_s: dict[int, float] = {}
@@ -352,6 +362,9 @@ BUGS = {
     ),
     "kept_evicted": PlantedBug(
         "router", "services.router.scheduling.blocks.prefix_cache", "PrefixCache", "evict", keep_evicted
+    ),
+    "stale_tier": PlantedBug(
+        "router", "services.router.scheduling.blocks.session_tier", "SessionTier", "_free_slot", reuse_tier_slot
     ),
     "unfenced_late_reply": PlantedBug("stage", "common.wire.transport", "MessageSocket", "receive", take_late_reply),
     "overclaimed_mark": PlantedBug(

@@ -81,6 +81,8 @@ CASES = {
     "leaked_block": Case(("leaks_mesh",), BLIP, {}),
     "forgotten_salt": Case(("salts",), BLIP, {}, load=ALIKE),
     "kept_evicted": Case(TOKENS, BLIP, {"KV_CACHE_TOKENS": "4096"}, num_faults=4, load=ALIKE),
+    # Four streams hardly fit: who is preempted gets its own blocks back.
+    "stale_tier": Case(TOKENS, BLIP, {"KV_CACHE_TOKENS": "1024"}, num_faults=4, load=ALIKE),
     "stale_samples": Case(TOKENS, BLIP, {}),
     "kept_draft": Case(TOKENS, BLIP, {"DRAFT_TOKENS": "4"}, load=REPEATING),
     "unfenced_late_reply": Case(TOKENS, SHORT_PAUSE, {"CALL_RINGS": "off"}),  # it is one of messages
@@ -164,8 +166,9 @@ def test_nor_has_it_one_where_tokens_are_guessed(model: Path, tmp_path: Path) ->
     )
 
 
-def test_nor_has_it_one_where_prompts_begin_alike(model: Path, tmp_path: Path) -> None:
-    case = CASES["kept_evicted"]
+@pytest.mark.parametrize("name", ["kept_evicted", "stale_tier"])
+def test_nor_has_it_one_where_prompts_begin_alike(name: str, model: Path, tmp_path: Path) -> None:
+    case = CASES[name]
     history, made = run(case, model, tmp_path, {})
     judgement = judged(case, history, made.reference)
     assert {v.name: v.state for v in judgement.verdicts if v.name in (*TOKENS, "salts", "leaks_mesh")} == dict.fromkeys(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.ids import NodeId
+from common.ids import NodeId, StepId
 from common.messages import Dispatch, ExpertRows, Header, Message, MirrorTo, StepResult, Unassign
 from common.processes.supervisor import Child, LocalMesh
 from common.wire.array import array_to_frame, frame_to_array
@@ -25,6 +25,7 @@ from services.router.mesh.sockets import MeshClient
 from services.router.scheduling.blocks.block_allocator import BlockAllocator
 from services.router.scheduling.blocks.key_chain import KeyChain
 from services.router.scheduling.blocks.prefix_cache import PrefixCache
+from services.router.scheduling.blocks.session_tier import SessionTier, TierCounters
 from services.stage.experts.rings import Rings
 from services.stage.model.micro_batch import SamplingColumns
 from services.stage.slot.early_steps import EarlySteps
@@ -348,3 +349,13 @@ def test_an_entry_that_is_kept_names_a_block_that_somebody_else_has(monkeypatch:
     allocator.free([block_id])
     assert allocator.allocate(1) == (block_id,)
     assert allocator.cache.find(b"key") == block_id
+
+
+def test_a_tier_slot_that_is_used_again_is_found_under_two_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SessionTier, "_free_slot", planted_bugs.reuse_tier_slot(SessionTier._free_slot))
+    tier = SessionTier(8, TierCounters())
+    for step, key in enumerate((b"one", b"other"), 1):
+        tier.keep(key, step)
+        tier.begin_step(StepId(step), {step}, ())
+        tier.end_step(StepId(step), is_done=True)
+    assert tier.find(b"one") == tier.find(b"other") == 0

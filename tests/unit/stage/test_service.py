@@ -241,7 +241,7 @@ def test_a_step_saves_and_brings_back_blocks_before_it_is_computed_and_its_mirro
     stage.get_step(replace(step([], []), saves=pairs((3, 1))), 1, 10)
     stage._receive_steps(100.0)
     held.memory.caches[0].keys[3].fill_(4.0)
-    mirror = stage.follow(0)
+    mirror = stage.follow(BACKFILL_BLOCKS + 1)
     stage.get_step(replace(step([], []), saves=pairs((3, 0)), restores=pairs((1, 3), (0, 5))), 1, 11)
     stage._receive_steps(100.0)
     assert [held.memory.caches[0].keys[block].unique().tolist() for block in (3, 5)] == [[3.0], [4.0]]
