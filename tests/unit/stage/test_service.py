@@ -248,7 +248,7 @@ def test_a_step_saves_and_brings_back_blocks_before_it_is_computed_and_its_mirro
     assert held.memory.log[3 * 32 : 4 * 32].unique().tolist() == [5.0]
     assert {3, 5} <= set(held.tables.used_blocks()), "a mirror that joins is filled with them"
     stage._run_what_can()
-    ((message, _),) = mirror.take_sent()
+    *_, (message, _) = mirror.take_sent()
     assert isinstance(message, MirrorRows)
     assert message.mark == 11
     positions = frame_to_array(message.positions, "int64", (None,), "positions")
