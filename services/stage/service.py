@@ -38,8 +38,8 @@ from services.stage.experts.client import CallDone, CallFailed, ExpertClient
 from services.stage.model.executor import Broken, Executor, Finished, RunningBatch, WantsExperts
 from services.stage.model.micro_batch import read_micro_batch, read_positions
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
-from services.stage.model.session_tier import read_pairs, restored_positions
 from services.stage.slot.mirror_sender import MirrorLink
+from services.stage.slot.session_tier import read_pairs, restored_positions
 from services.stage.slot.slot import MemoryTag, RoleRefused, RoleTaken, Slot
 from services.stage.slot.stage_worker import StageWorker
 from services.stage.step_output import class_number, passed_on, relayed

@@ -68,7 +68,7 @@ def measure_sessions(models_dir: Path, model: str, prompt_tokens: int, tries: in
             take_pool(engine, source, pool_tokens)
             alone_s.append(first_token_s(*engine.run_round([conversation], 1)))
             take_pool(engine, source, pool_tokens)
-            (decoding, again) = beside(engine, *source.take(1, 64), conversation)
+            decoding, again = beside(engine, source.take(1, 64)[0], conversation)
             beside_s.append(first_token_s(again))
             usual, gap = mean_gaps_s(decoding, again.sent_s, again.arrivals[0][0])
             usual_s.append(usual)

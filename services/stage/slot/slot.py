@@ -19,9 +19,9 @@ from services.stage.model.executor import Executor
 from services.stage.model.kv_cache import PagedMemory
 from services.stage.model.logit_adjustments import KeptAdjustments
 from services.stage.model.micro_batch import BlockTables
-from services.stage.model.session_tier import SessionTier
 from services.stage.slot.early_steps import EarlySteps
 from services.stage.slot.layers import LayersLoad
+from services.stage.slot.session_tier import SessionTier
 from services.stage.slot.step_watermark import StepWatermark
 
 

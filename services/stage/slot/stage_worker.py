@@ -25,11 +25,11 @@ from services.stage.model.executor import Executor
 from services.stage.model.kv_cache import PagedMemory
 from services.stage.model.micro_batch import BlockTables
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
-from services.stage.model.session_tier import make_session_tier
 from services.stage.ranks.group import RankGroup
 from services.stage.ranks.memory_needs import Free, against_growth
 from services.stage.slot.layers import LayersLoad, LoadedLayers, StageLayers
 from services.stage.slot.mirror_receiver import Mirror
+from services.stage.slot.session_tier import make_session_tier
 from services.stage.slot.slot import (
     HeldMemory,
     Loading,

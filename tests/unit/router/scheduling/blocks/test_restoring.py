@@ -23,9 +23,9 @@ def other(name: str = "other", length: int = 17) -> GenerationRequest:
     return replace(alike(name, max_tokens=1), prompt_token_ids=tuple(range(100, 100 + length)))
 
 
-def evicted(num_tier_slots: int = 8, **changes: object) -> Scheduler:
+def evicted(num_tier_slots: int = 8, num_slots: int = 1) -> Scheduler:
     """Both blocks of `alike` had to make room."""
-    scheduler = make_scheduler(5, num_tier_slots=num_tier_slots, caches_prefixes=True, **changes)
+    scheduler = make_scheduler(5, num_slots, num_tier_slots, caches_prefixes=True)
     run(scheduler, alike("first", max_tokens=1), other())
     return scheduler
 

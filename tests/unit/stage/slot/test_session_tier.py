@@ -14,7 +14,7 @@ from common.messages import NO_PAIRS
 from common.wire.array import array_to_frame
 from services.stage.model.kv_cache import LocalKv, PagedMemory, allocate_paged_memory
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
-from services.stage.model.session_tier import DeviceTier, HostTier, make_session_tier, read_pairs
+from services.stage.slot.session_tier import DeviceTier, HostTier, make_session_tier, read_pairs
 from tests.support.nodes.kernels import one_torch_thread
 from tests.support.nodes.simulated_gpu import simulated_gpu
 
