@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from common.errors import ExecutionError
 from common.ids import Generation
 from services.router.engine import GenerationRequest
+from services.router.scheduling.blocks.session_tier import SessionTier
 from services.router.scheduling.step_plan import ComputedBy, StepPlan
+from tests.chaos.planted_bugs import reuse_tier_slot
 from tests.support.router.simulated_pipeline import build_request, reference_tokens
 from tests.support.router.written_rows import WrittenRows
 from tests.unit.router.scheduling.test_takeover_properties import P0, Mesh
@@ -102,14 +106,48 @@ def test_a_restarted_router_shares_the_blocks_that_were_shared() -> None:
 
 
 class SmallPoolMesh(AlikeMesh):
-    """Blocks of the longest request and hardly more: what nobody holds makes room, and comes back."""
+    """Three texts in turn, of which the pool holds one and a part of another, and the session tier most of the rest."""
 
-    num_blocks = 12
-    num_tier_slots = 20
+    num_blocks = 9
+    num_tier_slots = 10
+    num_at_start = 1
+
+    def make_requests(self) -> list[GenerationRequest]:
+        texts = [tuple(range(first, first + 26)) for first in (0, 30, 60)]
+        prompts = [texts[number % 3][: 26 - number % 5] for number in range(14)]
+        made = [self.make_request(number, prompt) for number, prompt in enumerate(prompts)]
+        return [replace(each, sampling=replace(each.sampling, max_tokens=3)) for each in made]
+
+    def move(self, kind: str, stage: int, which: int, count: int) -> None:
+        if kind == "A":
+            for _ in range(4 * count + which):
+                self.move("a", stage, 0, 0)
+            self.add_next(1)
+        elif kind == "x" and self.in_flight:
+            self.fail(self.in_flight[which % len(self.in_flight)])
+        else:
+            super().move(kind, stage, which, count)
+
+    def fail(self, plan: StepPlan) -> None:
+        """Its holders stay, and what they have saved."""
+        self.scheduler.fail_step(plan.step, ExecutionError("simulated"), 0.0)
+        self.scheduler.suspend_pipeline(P0, 0.0)
+        self.in_flight.clear()
+        self.generation += 1
+        self.stages.resume(Generation(self.generation), [], mirrored=False)
+        self.open_pipeline(self.generation, self.stages.marks, tier_since=self.stages.tier_since)
+        self.send()
+
+
+TIER_MOVES = st.lists(
+    st.tuples(st.sampled_from("AAAAAAAAaawwwffjtrxxn"), st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
+    min_size=20,
+    max_size=60,
+)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(moves=MOVES, batch_sequences=st.sampled_from([1, 2, 4]), stop_token_ids=STOPS)
+@given(moves=TIER_MOVES, batch_sequences=st.sampled_from([1, 2, 4]), stop_token_ids=STOPS)
 def test_what_comes_back_from_the_session_tier_is_right_whoever_takes_over_or_restarts(
     moves: list[tuple[str, int, int, int]], batch_sequences: int, stop_token_ids: frozenset[int]
 ) -> None:
@@ -123,4 +161,11 @@ def test_what_comes_back_from_the_session_tier_is_right_whoever_takes_over_or_re
 def test_a_small_pool_gets_back_what_it_had_no_room_for() -> None:
     mesh = SmallPoolMesh()
     mesh.finish()
-    assert mesh.scheduler.snapshot().counters.prefixes.tier.blocks_restored >= 5
+    assert mesh.scheduler.snapshot().counters.prefixes.tier.blocks_restored >= 20
+
+
+def test_a_tier_slot_that_is_used_again_while_its_entry_is_found_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SessionTier, "_free_slot", reuse_tier_slot(SessionTier._free_slot))
+    mesh = SmallPoolMesh()
+    with pytest.raises(AssertionError, match=r"what is there (stood elsewhere|is of another text)"):
+        mesh.finish()

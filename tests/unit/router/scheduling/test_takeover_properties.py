@@ -45,6 +45,7 @@ class Mesh:
             min_decode_share=batch_sequences,
             prefill_chunk_tokens=6,
             micro_batches_per_pipeline=3,
+            max_failed_steps=1000,
             caches_prefixes=self.caches_prefixes,
         )
         self.requests = self.make_requests()
