@@ -73,7 +73,7 @@ def measure_sessions(models_dir: Path, model: str, prompt_tokens: int, tries: in
             usual, gap = mean_gaps_s(decoding, again.sent_s, again.arrivals[0][0])
             usual_s.append(usual)
             gaps_s.append(gap)
-        check_restored(engine, 2 * tries * (prompt_tokens - 1) // 32)
+        check_restored(engine, 2 * tries * ((prompt_tokens - 1) // 32))
     return Sessions(
         model,
         prompt_tokens,
