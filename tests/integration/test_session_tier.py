@@ -100,3 +100,13 @@ def test_a_mirror_that_takes_over_while_or_after_it_comes_back_has_it_too(
     assert [said_by(reply) for reply in replies] == [said_by(cold)] * 2
     if has_begun:
         assert [num_cached(reply) for reply in replies] == [LENGTH // BLOCK * BLOCK] * 2, "the mirror has it"
+
+
+def test_a_stage_with_ranks_gets_it_back_too(tmp_path: Path) -> None:
+    model = write_tiny_checkpoint(tmp_path / "tiny")
+    with served_mesh(model, {"PP": "2", "TP": "2", "EXPERTS": "2", "KV_CACHE_TOKENS": str(POOL_TOKENS)}) as mesh:
+        prompt, cold = evicted(mesh, "ranks")
+        warm = ask(mesh, prompt)
+        assert said_by(warm) == said_by(cold)
+        assert num_cached(warm) == LENGTH // BLOCK * BLOCK
+        wait_until(lambda: num_restored(mesh) == LENGTH // BLOCK, 10, "the metrics to say so")
