@@ -224,8 +224,7 @@ class PipelineSchedule:
         awaited_step: int = 0,
         is_canary: bool = False,
     ) -> StepPlan:
-        """Makes a step, which is in flight from now on: behind the one before it, with the releases that are held, and
-        what is to be saved first."""
+        """Makes a step, which is in flight from now on: behind the one before it, with all that is to be told."""
         plan = StepPlan(
             step,
             self.pipeline,
@@ -311,8 +310,7 @@ class PipelineSchedule:
         block_ids = self.allocator.allocate(self._make_room(request, len(slots), preempted))
         if not block_ids:
             return None
-        request.block_table.extend(block_ids)
-        request.restoring = step
+        request.begin_restoring(step, block_ids)
         chunk = self._chunk(request, request.num_computed_tokens, len(block_ids) * self._settings.block_tokens)
         return replace(chunk, block_offset=0, new_block_ids=block_ids, tier_slots=tuple(slots[: len(block_ids)]))
 

@@ -1,4 +1,4 @@
-"""One request's life as a state machine, who goes on before its token is known, and whose turn it is when something
+"""One request's life as a state machine, who goes on, who waits or goes alone, and whose turn it is when something
 raises.
 
 WAITING -> RUNNING -> FINISHED
@@ -215,6 +215,11 @@ class Request:
             self.num_computed_tokens += self.block_tokens
             self._note_history(max(step, self.kv_history[-1][0] if self.kv_history else 0))
         self._note_found(start)
+
+    def begin_restoring(self, step: StepId, block_ids: Sequence[int]) -> None:
+        """Notes that a step is to bring its next blocks back: these, which are its own from now on."""
+        self.block_table.extend(block_ids)
+        self.restoring = step
 
     def note_restored(self, step: int, num_tokens: int, now_s: float) -> None:
         """Notes that a step has brought this many of its next tokens back to every slot: it goes on as if it had found
