@@ -116,7 +116,7 @@ class SmallPoolMesh(AlikeMesh):
         texts = [tuple(range(first, first + 26)) for first in (0, 30, 60)]
         prompts = [texts[number % 3][: 26 - number % 5] for number in range(14)]
         made = [self.make_request(number, prompt) for number, prompt in enumerate(prompts)]
-        return [replace(each, sampling=replace(each.sampling, max_tokens=3)) for each in made]
+        return [replace(each, sampling=replace(each.sampling, max_tokens=5)) for each in made]
 
     def move(self, kind: str, stage: int, which: int, count: int) -> None:
         if kind == "A":
@@ -147,11 +147,16 @@ TIER_MOVES = st.lists(
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(moves=TIER_MOVES, batch_sequences=st.sampled_from([1, 2, 4]), stop_token_ids=STOPS)
+@given(
+    moves=TIER_MOVES,
+    batch_sequences=st.sampled_from([1, 2, 4]),
+    stop_token_ids=STOPS,
+    most_drafts=st.sampled_from([0, 0, 2, 4]),
+)
 def test_what_comes_back_from_the_session_tier_is_right_whoever_takes_over_or_restarts(
-    moves: list[tuple[str, int, int, int]], batch_sequences: int, stop_token_ids: frozenset[int]
+    moves: list[tuple[str, int, int, int]], batch_sequences: int, stop_token_ids: frozenset[int], most_drafts: int
 ) -> None:
-    mesh = SmallPoolMesh(batch_sequences, stop_token_ids)
+    mesh = SmallPoolMesh(batch_sequences, stop_token_ids, most_drafts)
     for move in moves:
         mesh.move(*move)
         mesh.scheduler.check_invariants()
