@@ -22,10 +22,11 @@ from common.compute.device import Device, StagedDevice
 from common.errors import CapacityError, DeviceError, RankLostError
 from common.node.loader_thread import LoaderThread
 from services.stage.model.decoder import ExpertCall
-from services.stage.model.kv_cache import KvStore, LocalKv, positions_of_blocks
+from services.stage.model.kv_cache import KvStore, LocalKv, PagedMemory, positions_of_blocks
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS, LayerKvCache
 from services.stage.ranks import worker
 from services.stage.ranks.kv_memory import WINDOW_ROWS, RankKv
+from services.stage.slot.session_tier import make_session_tier
 from tests.support.checkpoints.tiny_checkpoints import MIXTRAL_SLIDING_TIED, QWEN3, Recipe, write_checkpoint
 from tests.support.nodes.kernels import one_torch_thread  # noqa: F401
 from tests.support.nodes.rank_threads import ThreadRanks, batch_of, finish, rank_threads
@@ -149,6 +150,20 @@ def test_rows_of_all_heads_come_out_as_they_went_in(degree: int, tmp_path: Path)
             assert same([*store.rows(positions)], rows)
         assert same([*store.rows(whole)], [*plain.rows(whole)])
         assert [part.shape for part in store.rows(positions[:0])] == [part.shape for part in plain.rows(positions[:0])]
+
+
+def test_blocks_of_all_heads_go_to_a_session_tier_and_come_back(tmp_path: Path) -> None:
+    with device_ranks(write_checkpoint(tmp_path, QWEN3), 4) as ranks:
+        ranks.model(whole_role(ranks.config.num_layers), torch.float32)
+        store = ranks.allocate(torch.float32, 4)
+        generator = torch.Generator().manual_seed(1)
+        one, other = (positions_of_blocks(torch.tensor([block])) for block in (0, 3))
+        rows = [torch.randn(part.shape, generator=generator) for part in store.rows(one)]
+        store.put_rows(one, rows[0], rows[1])
+        tier = make_session_tier(PagedMemory(store, torch.zeros((0, 1))), 2, 0)
+        tier.save([0], [1])
+        tier.restore([1], [3])
+        assert same([*store.rows(other)], rows)
 
 
 def change_over(ranks: ThreadRanks, store: KvStore, blocks: torch.Tensor) -> None:
