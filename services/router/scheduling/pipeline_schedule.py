@@ -169,10 +169,11 @@ class PipelineSchedule:
         if self.drafts.are_worth_waiting_for(picked):
             return None
         wanted = [self.num_blocks_for(request.num_planned_tokens + 1) - len(request.block_table) for request in picked]
-        if sum(wanted) > self.allocator.num_free:
-            return None  # nobody who is in flight could be preempted
+        # Spare blocks of one, which drafts of it have left, are no use to the others.
+        if sum(max(0, each) for each in wanted) > self.allocator.num_free:
+            return None
         self._has_just_replayed = False
-        chunks = self._plan_chunks(step, [(request, 1) for request in picked], [], now_s)
+        chunks = self._plan_chunks(step, [(request, 1) for request in picked], None, now_s)
         return self._plan(step, now_s, chunks, awaited_step=under_way.plan.step) if chunks else None
 
     def _decode_share(self, num_decoding: int) -> int:
@@ -183,12 +184,15 @@ class PipelineSchedule:
         return min(self._settings.max_batch_tokens, self._settings.max_batch_sequences)
 
     def _plan_chunks(
-        self, step: StepId, picked: Sequence[tuple[Request, int]], preempted: list[Request], now_s: float
+        self, step: StepId, picked: Sequence[tuple[Request, int]], preempted: list[Request] | None, now_s: float
     ) -> dict[Request, ScheduledChunk]:
-        """Returns the chunks of a step, of whoever finds blocks for one; those requests are in it from now on."""
+        """Returns the chunks of a step, of whoever finds blocks for one; those requests are in it from now on.
+
+        `preempted`: to it are added those that give up their blocks, for its owner to put back in line; None: nobody
+        gives up any."""
         chunks: dict[Request, ScheduledChunk] = {}
         for request, num_tokens in picked:
-            if request in preempted or self._blame.has(request):
+            if request in (preempted or ()) or self._blame.has(request):
                 continue  # it gave its blocks to an older one a moment ago; its owner has not put it back in line yet
             with self._blame.handling(request):
                 if self._has_just_replayed:
@@ -287,7 +291,7 @@ class PipelineSchedule:
             num_tokens_left -= num_tokens
         return sorted(picked, key=lambda pick: pick[0].arrival)
 
-    def _plan_chunk(self, request: Request, num_tokens: int, preempted: list[Request]) -> ScheduledChunk | None:
+    def _plan_chunk(self, request: Request, num_tokens: int, preempted: list[Request] | None) -> ScheduledChunk | None:
         """Plans a chunk, with blocks for it; a shorter one, or none, if blocks are short and no younger one yields."""
         start = request.num_planned_tokens
         num_known_blocks = len(request.block_table)
@@ -303,7 +307,7 @@ class PipelineSchedule:
         request.block_table.extend(new_block_ids)
         return self._chunk(request, start, num_tokens, samples=start + num_tokens >= request.num_tokens)
 
-    def _plan_restoring(self, step: StepId, request: Request, preempted: list[Request]) -> ScheduledChunk | None:
+    def _plan_restoring(self, step: StepId, request: Request, preempted: list[Request] | None) -> ScheduledChunk | None:
         """Plans that blocks come back from the session tier, as many as find room."""
         slots = self.prefixes.find_kept(request)
         self.prefixes.begin_restoring(request, slots)
@@ -314,9 +318,11 @@ class PipelineSchedule:
         chunk = self._chunk(request, request.num_computed_tokens, len(block_ids) * self._settings.block_tokens)
         return replace(chunk, block_offset=0, new_block_ids=block_ids, tier_slots=tuple(slots[: len(block_ids)]))
 
-    def _make_room(self, request: Request, count: int, preempted: list[Request]) -> int:
+    def _make_room(self, request: Request, count: int, preempted: list[Request] | None) -> int:
         """Returns how many of so many blocks are free, once the younger ones that can have given theirs up."""
-        while count > self.allocator.num_free and (victim := self._youngest_after(request)) is not None:
+        while count > self.allocator.num_free and preempted is not None:
+            if (victim := self._youngest_after(request)) is None:
+                break
             with self._blame.handling(victim):
                 self.withdraw(victim)
                 preempted.append(victim)

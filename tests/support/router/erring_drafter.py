@@ -18,6 +18,7 @@ class ErringDrafter:
         self._expected = expected
         self._most_tokens = most_tokens
         self._rate = rate
+        self.is_on = True
         self.forgotten: set[RequestId] = set()
         self._asked: set[RequestId] = set()
 
@@ -53,7 +54,9 @@ class ErringDrafter:
         self.forgotten.add(request)
 
     def _guess(self, wish: DraftWish) -> list[int]:
-        """More than there are tokens left, perhaps, and all wrong from some place on."""
+        """More than there are tokens left, perhaps, and all wrong from some place on; nothing while it is off."""
+        if not self.is_on:
+            return []
         place = len(wish.generated)
         drawn = zlib.crc32(repr((tuple(wish.generated[-3:]), place)).encode())
         right = [*self._right(wish)][: drawn % (self._most_tokens + 1)]

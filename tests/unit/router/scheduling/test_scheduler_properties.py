@@ -38,7 +38,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         plans_ahead=st.booleans(),
         policy=st.sampled_from(["least_in_flight", "weighted"]),
         num_blocks=st.integers(4, 14),
-        most_drafts=st.integers(0, 5),
+        most_drafts=st.integers(0, 8),
+        draft_rate=st.sampled_from([0.0, 0.8]),
         num_tier_slots=st.integers(0, 8),
     )
     def start(
@@ -54,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy: str,
         num_blocks: int,
         most_drafts: int,
+        draft_rate: float,
         num_tier_slots: int,
     ) -> None:
         self.num_tier_slots = num_tier_slots
@@ -71,7 +73,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             caches_prefixes=self.caches_prefixes,
         )
         self.expected: dict[RequestId, list[int]] = {}
-        self.drafter = ErringDrafter(self.expected, most_drafts)
+        self.drafter = ErringDrafter(self.expected, most_drafts, draft_rate)
         self.scheduler = Scheduler(self.settings, drafter=self.drafter)
         self.now_s = 0.0
         self.generation = 0
@@ -205,6 +207,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         while self.in_flight:
             self.answer(self.in_flight.pop(0))
         self.send_plans()
+
+    @rule()
+    def turn_drafts(self) -> None:
+        """On or off: wrong ones have left blocks, of which others know nothing."""
+        self.drafter.is_on = not self.drafter.is_on
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())

@@ -14,7 +14,16 @@ from services.router.engine import FinishReason, Token
 from services.router.scheduling.drafts.drafting import DraftWish
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.step_plan import ComputedBy, StepPlan, TokenOutput
-from tests.support.router.scheduling import P0, add, complete, lengths_in, make_scheduler, only_plan, open_pipeline
+from tests.support.router.scheduling import (
+    P0,
+    add,
+    complete,
+    is_idle,
+    lengths_in,
+    make_scheduler,
+    only_plan,
+    open_pipeline,
+)
 from tests.support.router.simulated_pipeline import build_request
 
 STOP = 7
@@ -270,3 +279,21 @@ def test_a_guess_that_raises_costs_its_request_alone() -> None:
     outputs = answer(scheduler, plans[0], [50], [11, 51])
     assert [output.request_id for output in outputs] == ["b", "b"]
     assert drafter.forgotten == ["a"]
+
+
+def test_blocks_that_wrong_drafts_have_left_to_one_hide_no_others_that_find_none() -> None:
+    """Planned ahead, a step preempts nobody: b and c wait for blocks of each other in the open."""
+    drafter = ScriptedDrafter()
+    scheduler = make_scheduler(13, drafter=drafter, plans_ahead=True)
+    for name, prompt_length in (("a", 4), ("b", 6), ("c", 6)):
+        add(scheduler, name, prompt_length=prompt_length, max_tokens=20)
+    complete(scheduler, only_plan(scheduler))
+    drafter.guesses, drafter.would = {"a": [60] * 16}, True
+    complete(scheduler, only_plan(scheduler), 50)
+    drafter.guesses = {}
+    while not is_idle(scheduler):
+        scheduler.schedule(0.0)
+        scheduler.check_invariants()
+        complete(scheduler, scheduler.steps_in_flight[0].plan, 50)
+    counters = scheduler.snapshot().counters
+    assert (counters.requests_finished, counters.preemptions) == (3, 1)
