@@ -193,11 +193,13 @@ class StepFlow:
         ]
 
     def _report_failures(self) -> None:
-        """Tells the clients of requests that end here, behind their tokens."""
+        """Tells the clients of requests that end here, behind their tokens, and the log what cost no request."""
         for failure in self.scheduler.pop_failures():
             if failure.cause is not None:
                 self._log.error("request_crashed", request=failure.request_id, exc_info=failure.cause)
             self._outcomes.append((failure.request_id, failure.error))
+        for pipeline, error in self.scheduler.pop_draft_errors():
+            self._log.error("drafts_ended", pipeline=pipeline, exc_info=error)
 
     def refuse(self, request_id: RequestId, error: Exception) -> None:
         """Tells a client that its request is not taken. An error that is not a MoemeshError is the router's own."""

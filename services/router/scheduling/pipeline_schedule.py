@@ -53,6 +53,8 @@ class StepInFlight:
     """None was in flight when it was planned, but for the one whose tokens it waits for."""
     sent_s: float | None = None
     """When the first stage took it; None: it has not taken it yet. The sender notes this here."""
+    waits_for_drafts: bool | None = None
+    """Whether the one after it is planned when its tokens are known, since it may have drafts; None: nobody has asked."""
 
     @property
     def overtaken(self) -> StepId | None:
@@ -166,7 +168,9 @@ class PipelineSchedule:
         picked = going_on_unseen(under_way.plan, self.running)
         if not 0 < len(picked) <= min(self._decode_share(len(picked)), self._max_decodes()):
             return None
-        if self.drafts.are_worth_waiting_for(picked):
+        if under_way.waits_for_drafts is None:  # once a step: between two, planning is asked for many times
+            under_way.waits_for_drafts = self.drafts.are_worth_waiting_for(picked)
+        if under_way.waits_for_drafts:
             return None
         wanted = [self.num_blocks_for(request.num_planned_tokens + 1) - len(request.block_table) for request in picked]
         # Spare blocks of one, which drafts of it have left, are no use to the others.
@@ -394,11 +398,12 @@ class PipelineSchedule:
         self.pace.answered(now_s, has_failed=has_failed, is_canary=in_flight.is_canary)
         if in_flight.plan.num_tokens and not has_failed:  # others say nothing of how long work takes
             self.pace.measured(in_flight.plan.num_tokens, in_flight.planned_s, now_s)
-            if in_flight.is_alone and all(other.plan.awaited_step == step for other in self.in_flight.values()):
-                self.drafts.note_step(in_flight.plan, now_s - in_flight.planned_s)
         for request in in_flight.requests:
             request.pace.is_disturbed |= has_failed
             self._set_down(request, step, has_failed=has_failed)
+        is_alone = in_flight.is_alone and all(other.plan.awaited_step == step for other in self.in_flight.values())
+        if in_flight.plan.num_tokens and not has_failed and is_alone:
+            self.drafts.note_step(in_flight.plan, now_s - in_flight.planned_s)
         return in_flight
 
     def note_computed(

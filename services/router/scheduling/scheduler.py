@@ -314,6 +314,12 @@ class Scheduler:
         renewals, self._renewals = self._renewals, []
         return renewals
 
+    def pop_draft_errors(self) -> list[tuple[PipelineId, Exception]]:
+        """Returns pipelines that draft no more, since the last call: with what their drafter raised. They draft again
+        when they have been closed and open again."""
+        errors = [(pipeline, schedule.drafts.pop_error()) for pipeline, schedule in self._schedules.all.items()]
+        return [(pipeline, error) for pipeline, error in errors if error is not None]
+
     def pop_placements(self) -> list[tuple[RequestId, SequenceId]]:
         """Returns under which numbers requests run that were placed since the last call: stages know them by these."""
         return self._waiting.pop_placements()

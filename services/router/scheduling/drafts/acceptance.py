@@ -1,7 +1,7 @@
 """How often guesses are right, learned from the tokens that came, whether or not they had been drafted. Pure.
 
 A rate is that of one guessed token, if all before it in its guess were right. It depends on the grade of the guess and
-on its place in it, and differs by request: each begins with what the pipeline has seen, and leaves that the sooner the
+on its place in it, and differs by request: each begins with what all have shown, and leaves that the sooner the
 more is seen of itself. What is seen of long ago counts less and less.
 """
 
@@ -14,8 +14,8 @@ from common.ids import RequestId
 FIRST_RATE = 0.3
 """Of a first token, as long as nothing has been seen."""
 PRIOR_WEIGHT = 4.0
-"""Tokens for which counts what is taken from elsewhere: places before it, or the pipeline."""
-REQUEST_MEMORY, PIPELINE_MEMORY = 24.0, 256.0
+"""Tokens for which counts what is taken from elsewhere: places before it, or other requests."""
+REQUEST_MEMORY, COMMON_MEMORY = 24.0, 256.0
 """Tokens that one is seen for: those of before have faded."""
 LAST_PLACE = 4
 """Places from 2^(LAST_PLACE - 1) on are one."""
@@ -40,7 +40,7 @@ class _Seen:
 
 @dataclass(slots=True)
 class _SeenByGrade:
-    """What was seen by grade and place, of a pipeline or of a request."""
+    """What was seen by grade and place, of all requests or of one."""
 
     memory: float
     grades: dict[int, list[_Seen]] = field(default_factory=dict)
@@ -52,25 +52,25 @@ class _SeenByGrade:
 
 
 class Acceptance:
-    """What was seen of one pipeline and its requests."""
+    """What was seen of requests, and of all together, in whatever pipeline they run."""
 
     def __init__(self) -> None:
-        self._pipeline = _SeenByGrade(PIPELINE_MEMORY)
+        self._common = _SeenByGrade(COMMON_MEMORY)
         self._requests: dict[RequestId, _SeenByGrade] = {}
 
     def rates(self, request: RequestId, grade: int, num_tokens: int) -> list[float]:
         """Returns for each token of a guess how likely it is right if those before it are."""
-        of_all, own = self._pipeline.places(grade), self._requests.get(request)
+        of_all, own = self._common.places(grade), self._requests.get(request)
         of_own = None if own is None else own.places(grade)
         by_place: list[float] = []
-        pipeline_rate = own_rate = FIRST_RATE
+        common_rate = own_rate = FIRST_RATE
         for place in range(_place(num_tokens - 1) + 1):
-            pipeline_rate = of_all[place].rate(pipeline_rate)
+            common_rate = of_all[place].rate(common_rate)
             if of_own is None:
-                own_rate = pipeline_rate
+                own_rate = common_rate
             else:
                 # Where it has not come to yet, the places before say something too: it is tried if either is promising.
-                own_rate = of_own[place].rate(pipeline_rate if place == 0 else max(pipeline_rate, own_rate))
+                own_rate = of_own[place].rate(common_rate if place == 0 else max(common_rate, own_rate))
             by_place.append(own_rate)
         return [by_place[_place(position)] for position in range(num_tokens)]
 
@@ -79,13 +79,13 @@ class Acceptance:
         is not known yet."""
         if (own := self._requests.get(request)) is None:
             own = self._requests[request] = _SeenByGrade(REQUEST_MEMORY)
-        for seen in (self._pipeline, own):
+        for seen in (self._common, own):
             places = seen.places(grade)
             for position in range(num_right + has_wrong):
                 places[_place(position)].note(position < num_right, seen.memory)
 
     def forget(self, request: RequestId) -> None:
-        """Drops what was seen of a request; the pipeline keeps it."""
+        """Drops what was seen of a request; what all have shown stays."""
         self._requests.pop(request, None)
 
 

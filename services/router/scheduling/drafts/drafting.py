@@ -7,7 +7,8 @@ So drafts cost rows, and change no token. What is guessed, and how much of it is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -45,27 +46,30 @@ class Drafter(Protocol):
 
     def would_draft(self, pipeline: PipelineId, wishes: Sequence[DraftWish], num_rows: int, most: int) -> bool:
         """Returns whether it is worth while that one of these, each of which gets one more token first, drafts in the
-        step after that: then this is not planned before these tokens are known. It changes nothing."""
+        step after that: then this is not planned before these tokens are known. It changes nothing, and is asked once a
+        step."""
 
     def note_tokens(self, request: RequestId, num_before: int, token_ids: Sequence[int]) -> None:
         """Notes which tokens a step has given a request, behind so many generated ones."""
 
     def note_step(self, plan: StepPlan, seconds: float) -> None:
-        """Notes how long a step took, from the answer to the one before it: one that did nothing but decode, and had
-        the pipeline to itself."""
+        """Notes how long a step took, above 0, from the answer to the one before it: one that did nothing but decode,
+        and had the pipeline to itself."""
 
     def forget(self, request: RequestId) -> None:
         """Forgets a request that has ended; it may never have heard of that."""
 
 
 class PipelineDrafts:
-    """The drafts of one pipeline."""
+    """The drafts of one pipeline. An exception of its drafter's ends them, and costs nothing else, but one over a
+    request's own guess or tokens, which ends that request."""
 
     def __init__(
         self, drafter: Drafter | None, pipeline: PipelineId, allocator: BlockAllocator, max_rows: int, blame: Blame
     ) -> None:
         """Without a drafter there are none. `max_rows`: of a step."""
         self._drafter = drafter
+        self._error: Exception | None = None
         self._pipeline = pipeline
         self._allocator = allocator
         self._max_rows = max_rows
@@ -82,7 +86,11 @@ class PipelineDrafts:
         most = self._max_rows - num_rows
         if not wishes or most < 1:
             return
-        for wish, guessed in zip(wishes, self._drafter.draft(self._pipeline, wishes, num_rows, most), strict=True):
+        guesses: list[tuple[DraftWish, Sequence[int]]] = []
+        with self._ending_drafts():
+            drafts_of = self._drafter.draft(self._pipeline, wishes, num_rows, most)
+            guesses = list(zip(wishes, drafts_of, strict=True))
+        for wish, guessed in guesses:
             request = decoding[wish.request]
             with self._blame.handling(request):
                 drafts = _until_stop(request, guessed)[: min(wish.most, most)]
@@ -98,12 +106,30 @@ class PipelineDrafts:
             return False
         wishes = self._wishes(self._drafter, going_on, 1)
         most = self._max_rows - len(going_on)
-        return bool(wishes) and most > 0 and self._drafter.would_draft(self._pipeline, wishes, len(going_on), most)
+        if not wishes or most < 1:
+            return False
+        with self._ending_drafts():
+            return self._drafter.would_draft(self._pipeline, wishes, len(going_on), most)
+        return False
 
     def note_step(self, plan: StepPlan, seconds: float) -> None:
         """Notes how long a step took, from the answer to the one before it, that had the pipeline to itself."""
         if self._drafter is not None and all(chunk.is_decode for chunk in plan.chunks):
-            self._drafter.note_step(plan, seconds)
+            with self._ending_drafts():
+                self._drafter.note_step(plan, seconds)
+
+    def pop_error(self) -> Exception | None:
+        """Returns what has ended the drafts since the last call; None: nothing has."""
+        error, self._error = self._error, None
+        return error
+
+    @contextmanager
+    def _ending_drafts(self) -> Iterator[None]:
+        """Ends the drafts if what is done in it raises: nobody needs them."""
+        try:
+            yield
+        except Exception as error:
+            self._drafter, self._error = None, error
 
     def _wishes(self, drafter: Drafter, requests: Iterable[Request], num_unseen: int) -> list[DraftWish]:
         """Returns who may draft, and what, behind so many tokens that are not known yet."""

@@ -95,12 +95,12 @@ class WorthwhileDrafter:
             return [0] * len(wishes)
         if not times.knows_drafts:
             most = min(most, max(FIRST_DRAFTS, num_rows))
-        gains = [self._gains(wish, num_unseen) for wish in wishes]
+        gains = [self._gains(wish, num_unseen, most) for wish in wishes]
         return choose_rows(num_rows, gains, most, undrafted_s, times.drafted_s)
 
-    def _gains(self, wish: DraftWish, num_unseen: int) -> list[float]:
-        """Returns for each draft how likely it and all before it are right."""
+    def _gains(self, wish: DraftWish, num_unseen: int, most: int) -> list[float]:
+        """Returns for each draft, of `most` at most, how likely it and all before it are right."""
         guess = self._guess(wish)
-        num_tokens = min(len(guess.token_ids), num_unseen + wish.most)
+        num_tokens = min(len(guess.token_ids), num_unseen + min(wish.most, most))
         rates = self._acceptance.rates(wish.request, guess.grade, num_tokens)
         return list(itertools.accumulate(rates, operator.mul))[num_unseen:]

@@ -12,10 +12,13 @@ from common.errors import ExecutionError
 from common.ids import Generation, PipelineId, RequestId
 from services.router.engine import FinishReason, Token
 from services.router.scheduling.drafts.drafting import DraftWish
+from services.router.scheduling.drafts.prompt_lookup import PromptLookup
+from services.router.scheduling.drafts.worthwhile import WorthwhileDrafter
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.step_plan import ComputedBy, StepPlan, TokenOutput
 from tests.support.router.scheduling import (
     P0,
+    P1,
     add,
     complete,
     is_idle,
@@ -25,6 +28,7 @@ from tests.support.router.scheduling import (
     open_pipeline,
 )
 from tests.support.router.simulated_pipeline import build_request
+from tests.unit.router.scheduling.drafts.shapes import BENCH
 
 STOP = 7
 
@@ -36,6 +40,9 @@ class ScriptedDrafter:
     guesses: Mapping[str, Sequence[int]] = field(default_factory=dict)
     would: bool = False
     breaks_at: str = ""
+    breaks_in: str = ""
+    """The method that raises."""
+    num_asked_ahead: int = 0
     heard: list[tuple[str, int, list[int]]] = field(default_factory=list)
     steps: list[tuple[int, float]] = field(default_factory=list)
     wishes: list[DraftWish] = field(default_factory=list)
@@ -50,20 +57,28 @@ class ScriptedDrafter:
     def draft(
         self, pipeline: PipelineId, wishes: Sequence[DraftWish], num_rows: int, most: int
     ) -> Sequence[Sequence[int]]:
+        self._break("draft")
         self.wishes = list(wishes)
         return [self.guesses[wish.request] for wish in wishes]
 
     def would_draft(self, pipeline: PipelineId, wishes: Sequence[DraftWish], num_rows: int, most: int) -> bool:
+        self.num_asked_ahead += 1
+        self._break("would_draft")
         return self.would
 
     def note_tokens(self, request: RequestId, num_before: int, token_ids: Sequence[int]) -> None:
         self.heard.append((request, num_before, list(token_ids)))
 
     def note_step(self, plan: StepPlan, seconds: float) -> None:
+        self._break("note_step")
         self.steps.append((plan.num_drafts, seconds))
 
     def forget(self, request: RequestId) -> None:
         self.forgotten.append(request)
+
+    def _break(self, method: str) -> None:
+        if method == self.breaks_in:
+            raise ValueError(method)
 
 
 def drafting(guesses: Mapping[str, Sequence[int]], num_blocks: int = 100, **changes: Any) -> Scheduler:
@@ -264,6 +279,68 @@ def test_a_request_that_is_cancelled_keeps_the_blocks_of_its_drafts_until_the_st
     assert scheduler.snapshot().num_free_blocks == 96
     answer(scheduler, plan, [11, 12, 50])
     assert scheduler.snapshot().num_free_blocks == 100
+
+
+@pytest.mark.parametrize("method", ["draft", "would_draft", "note_step"])
+def test_a_drafter_that_raises_costs_its_pipeline_the_drafts_and_nothing_else(method: str) -> None:
+    drafter = ScriptedDrafter({"a": (STOP,), "b": (STOP,)}, breaks_in=method)
+    scheduler = make_scheduler(drafter=drafter, plans_ahead=True)
+    open_pipeline(scheduler, P1, Generation(1), 100, 1, 0.0)
+    for name in ("a", "b"):  # with a guess of which no draft is made, so that it asks about the step ahead too
+        scheduler.add(build_request(name, 4, 10, seed=3, stop_token_ids=frozenset([STOP])), 0.0)
+    now_s = 0.0
+    errors: list[tuple[PipelineId, Exception]] = []
+    while not is_idle(scheduler):
+        now_s += 1.0
+        scheduler.schedule(now_s)
+        scheduler.check_invariants()
+        complete(scheduler, scheduler.steps_in_flight[0].plan, now_s=now_s)
+        errors += scheduler.pop_draft_errors()
+    assert sorted((pipeline, str(error)) for pipeline, error in errors) == [(P0, method), (P1, method)]
+    assert (scheduler.pop_failures(), scheduler.pop_renewals()) == ([], [])
+    assert scheduler.snapshot().counters.requests_finished == 2
+    drafter.breaks_in, drafter.guesses = "", {"c": (11,), "d": (11,)}
+    scheduler.close_pipeline(P1, now_s)
+    for name, num_drafts in (("c", 0), ("d", 1)):
+        add(scheduler, name, max_tokens=3, now_s=now_s)
+        complete(scheduler, only_plan(scheduler, now_s))
+        assert scheduler.schedule(now_s)[0].num_drafts == num_drafts
+        scheduler.close_pipeline(P0, now_s)
+        open_pipeline(scheduler, P0, Generation(2), 100, 1, now_s)
+        scheduler.cancel(RequestId(name))
+
+
+def test_a_drafter_is_asked_once_a_step_whether_it_is_to_be_waited_for() -> None:
+    drafter = ScriptedDrafter({"a": (11, 12)}, would=True)
+    scheduler = make_scheduler(drafter=drafter, plans_ahead=True)
+    add(scheduler, "a")
+    complete(scheduler, only_plan(scheduler))
+    drafter.guesses = {}
+    scheduler.schedule(0.0)
+    complete(scheduler, scheduler.steps_in_flight[0].plan)
+    drafter.guesses = {"a": (11, 12)}
+    num_before = drafter.num_asked_ahead
+    for _ in range(5):
+        assert scheduler.schedule(0.0) == []
+    assert drafter.num_asked_ahead == num_before + 1
+
+
+def test_a_step_whose_answer_was_read_together_with_the_one_before_is_no_measure() -> None:
+    """The router was late; taken for a step of no time at all, it would be faster than any."""
+    repeating = replace(build_request("a", 8, 30, seed=3), prompt_token_ids=(5,) * 8)
+    scheduler = make_scheduler(drafter=WorthwhileDrafter(PromptLookup(), BENCH, 8), plans_ahead=True)
+    scheduler.add(repeating, 0.0)
+    answer(scheduler, only_plan(scheduler, 1.0), [5], now_s=1.1)
+    first, ahead = scheduler.schedule(1.2)
+    answer(scheduler, first, [5], now_s=2.0)
+    answer(scheduler, ahead, [5], now_s=2.0)
+    for number in range(5):
+        plans = scheduler.schedule(2.0 + number)
+        assert plans
+        assert (scheduler.pop_failures(), scheduler.pop_renewals(), scheduler.pop_draft_errors()) == ([], [], [])
+        for plan in plans:
+            answer(scheduler, plan, [*plan.chunks[0].draft_token_ids, 5], now_s=2.5 + number)
+    assert scheduler.snapshot().counters.drafts_accepted > 0
 
 
 def test_a_guess_that_raises_costs_its_request_alone() -> None:
