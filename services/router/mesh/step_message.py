@@ -104,8 +104,11 @@ def step_header(plan: StepPlan, router_term: int, time_left_ms: int) -> Header:
 def sampled_tokens(result: StepResult, plan: StepPlan, vocab_size: int) -> dict[SequenceId, tuple[Token, ...]]:
     """Reads what the last stage drew, by sequence: the drafts that were right, and the token after them. Raises
     ProtocolError if it is not what the plan asks for."""
-    ids = frame_to_array(result.sequence_ids, "int64", (None,), "StepResult.sequence_ids").tolist()
-    count = len(ids)
+    answered: Int64Array = frame_to_array(result.sequence_ids, "int64", (None,), "StepResult.sequence_ids")
+    count, most = len(answered), sum(chunk.num_sampling_rows for chunk in plan.chunks)
+    if count > most:  # looked at before anything is done for each of them
+        raise ProtocolError(f"StepResult has {count} tokens, the step asked for {most} at most, with its drafts")
+    ids = answered.tolist()
     tokens = frame_to_array(result.token_ids, "int32", (count,), "StepResult.token_ids").tolist()
     logprobs = frame_to_array(result.logprobs, "float32", (count,), "StepResult.logprobs")
     top_ids = frame_to_array(result.top_token_ids, "int32", (count, None), "StepResult.top_token_ids")

@@ -54,7 +54,7 @@ class StepInFlight:
     sent_s: float | None = None
     """When the first stage took it; None: it has not taken it yet. The sender notes this here."""
     waits_for_drafts: bool | None = None
-    """Whether the one after it is planned when its tokens are known, since it may have drafts; None: nobody has asked."""
+    """Whether the one after it is planned when its tokens are known, since it may have drafts; None: not asked yet."""
 
     @property
     def overtaken(self) -> StepId | None:

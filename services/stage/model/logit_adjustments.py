@@ -44,6 +44,21 @@ class LogitAdjustments:
     biases: Float64Array
     """[B]; -inf: must not be drawn."""
 
+    def rows(self, start: int, stop: int) -> LogitAdjustments:
+        """Returns those of rows [start, stop), which count from 0 there."""
+        counted, biased = (
+            (places[:, 0] >= start) & (places[:, 0] < stop) for places in (self.token_counts, self.bias_places)
+        )
+        return LogitAdjustments(
+            min_ps=self.min_ps[start:stop],
+            presence_penalties=self.presence_penalties[start:stop],
+            frequency_penalties=self.frequency_penalties[start:stop],
+            repetition_penalties=self.repetition_penalties[start:stop],
+            token_counts=self.token_counts[counted] - np.array([start, 0, 0, 0], dtype=np.int32),
+            bias_places=self.bias_places[biased] - np.array([start, 0]),
+            biases=self.biases[biased],
+        )
+
 
 class CountedTokens:
     """Tokens that have come up in one sequence: [*, 3] token id, times generated, 1 if in the prompt."""

@@ -7,7 +7,7 @@ what a row samples counts if all drafts before it are what the rows before it ha
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -80,6 +80,13 @@ class SamplingColumns:
     """Penalties and biases; None where no row has any."""
     drafts: Int32Array | None = None
     """The draft that the next row of the same sequence goes on with; -1: it is the last one. None: no row has one."""
+
+    def rows(self, start: int, stop: int) -> SamplingColumns:
+        """Returns the columns of rows [start, stop)."""
+        columns = {name: getattr(self, name) for name in type(self).__slots__}
+        by_row = {name: column[start:stop] for name, column in columns.items() if isinstance(column, np.ndarray)}
+        adjustments = None if self.adjustments is None else self.adjustments.rows(start, stop)
+        return replace(self, **by_row, adjustments=adjustments)
 
     def accepted_rows(self, token_ids: Int32Array) -> Int64Array:
         """Returns the rows, ascending, whose sampled tokens count, of `token_ids` [S]: each row before them in their

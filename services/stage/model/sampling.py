@@ -23,6 +23,9 @@ from common.wire.array import Float32Array, Int32Array, Int64Array
 from services.stage.model.logit_adjustments import adjusted_logits, margins_of, without_unlikely
 from services.stage.model.micro_batch import SamplingColumns
 
+ROWS_TOGETHER = 64
+"""With drafts a step may have hundreds of rows: what is made of the logits of all of them would be many times as much
+memory as without. A row's bits do not depend on the others."""
 MIN_TEMPERATURE = 1e-30
 """Practically greedy; less would make the logits infinite, and of infinite ones none is the best."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -59,7 +62,26 @@ class SampledTokens:
 
 
 def sample(logits: Tensor, columns: SamplingColumns, kernels: NativeKernels | None = None) -> SampledTokens:
-    """logits [S, V] of any float dtype -> one token a row, as its columns ask for."""
+    """logits [S, V] of any float dtype -> one token a row, as its columns ask for; ROWS_TOGETHER rows at a time."""
+    num_top = int(columns.num_top_logprobs.max(initial=-1))
+    if len(logits) <= ROWS_TOGETHER:
+        return _sample_block(logits, columns, num_top, kernels)
+    blocks: list[SampledTokens] = []
+    for start in range(0, len(logits), ROWS_TOGETHER):
+        stop = start + ROWS_TOGETHER
+        blocks.append(_sample_block(logits[start:stop], columns.rows(start, stop), num_top, kernels))
+    return SampledTokens(
+        token_ids=np.concatenate([block.token_ids for block in blocks]),
+        logprobs=np.concatenate([block.logprobs for block in blocks]),
+        top_token_ids=np.concatenate([block.top_token_ids for block in blocks]),
+        top_logprobs=np.concatenate([block.top_logprobs for block in blocks]),
+    )
+
+
+def _sample_block(
+    logits: Tensor, columns: SamplingColumns, num_top: int, kernels: NativeKernels | None
+) -> SampledTokens:
+    """`num_top`: the largest number of top logprobs that a row of the step asked for; -1: none asks for any."""
     adjusted = logits
     if columns.adjustments is not None:
         adjusted = adjusted_logits(logits.to(torch.float32), columns.adjustments)
@@ -67,12 +89,11 @@ def sample(logits: Tensor, columns: SamplingColumns, kernels: NativeKernels | No
         tokens = choose_by_rules(adjusted, columns, np.arange(len(columns.seeds)))
     else:
         tokens = _choose(adjusted, columns, kernels)
-    num_rows, num_top = len(tokens), int(columns.num_top_logprobs.max(initial=-1))
-    logprobs = np.zeros(num_rows, dtype=np.float32)
-    top_token_ids = np.zeros((num_rows, max(0, num_top)), dtype=np.int32)
+    logprobs = np.zeros(len(tokens), dtype=np.float32)
+    top_token_ids = np.zeros((len(tokens), max(0, num_top)), dtype=np.int32)
     top_logprobs = np.zeros(top_token_ids.shape, dtype=np.float32)
-    if num_top >= 0:
-        rows = np.flatnonzero(columns.num_top_logprobs >= 0)
+    rows = np.flatnonzero(columns.num_top_logprobs >= 0)
+    if rows.size:
         all_logprobs = torch.log_softmax(logits[torch.from_numpy(rows)].to(torch.float32), dim=-1)
         logprobs[rows] = all_logprobs.gather(1, torch.from_numpy(tokens[rows, None]))[:, 0].numpy()
         width = min(num_top, logits.shape[1])

@@ -121,6 +121,12 @@ def test_every_plan_passes_the_codec(chunks: list[tuple[int, int, bool, bool]]) 
     )
 
 
+def test_an_answer_with_too_many_tokens_is_refused_before_any_is_looked_at() -> None:
+    answer = replace(result([9] * 5, [5] * 5), token_ids=array_to_frame(np.full(4, -1, np.int64)))
+    with pytest.raises(ProtocolError, match="has 5 tokens, the step asked for 4 at most"):
+        sampled_tokens(answer, plan(chunk(1), chunk(2, samples=False), chunk(3, 3, num_drafts=2)), 100)
+
+
 def test_tokens_come_back_by_sequence_in_any_order() -> None:
     step = plan(
         chunk(1),

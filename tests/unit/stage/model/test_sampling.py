@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from services.stage.model.logit_adjustments import LogitAdjustments
 from services.stage.model.micro_batch import SamplingColumns
-from services.stage.model.sampling import SampledTokens, gumbel_noise, sample
+from services.stage.model.sampling import ROWS_TOGETHER, SampledTokens, gumbel_noise, sample
 
 
 def columns(rows: int, **values: Any) -> SamplingColumns:
@@ -181,6 +183,50 @@ def test_a_row_does_not_depend_on_its_batch_mates(data: st.DataObject) -> None:
     assert_same_rows(together, alone, [row], max(0, int(whole.num_top_logprobs[row])))
     order = np.array(data.draw(st.permutations(range(rows))))
     assert_same_rows(together, sample(logits[order], pick(whole, order)), order, together.top_token_ids.shape[1])
+
+
+def adjustments_of(rows: int, vocabulary: int) -> LogitAdjustments:
+    """Each row has a past and biases of its own, as many as its number, in no order of rows."""
+    places = np.array([(row, token) for row in range(rows) for token in range(row % vocabulary)])
+    np.random.default_rng(3).shuffle(places)
+    return LogitAdjustments(
+        min_ps=np.arange(rows) / (2 * rows),
+        presence_penalties=np.arange(rows) / rows,
+        frequency_penalties=np.arange(rows) / (3 * rows),
+        repetition_penalties=1 + np.arange(rows) / rows,
+        token_counts=np.hstack((places, np.full((len(places), 2), (2, 1)))).astype(np.int32),
+        bias_places=places,
+        biases=places.sum(axis=1) / vocabulary,
+    )
+
+
+@pytest.mark.parametrize("rows", [ROWS_TOGETHER, ROWS_TOGETHER + 1, 3 * ROWS_TOGETHER - 5])
+def test_however_many_rows_there_are_few_are_looked_at_at_a_time_and_no_bit_is_different(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary, numbers, heights = 97, np.arange(rows), []
+    whole = columns(
+        rows,
+        temperatures=numbers % 3 * 0.6,
+        top_ps=np.where(numbers % 5, 1.0, 0.8),
+        top_ks=numbers % 4 * 11,
+        num_top_logprobs=numbers % 7 - 1,
+        seeds=numbers + 9,
+    )
+    whole = replace(whole, adjustments=adjustments_of(rows, vocabulary))
+    logits = logits_of(rows, vocabulary)
+    log_softmax = torch.log_softmax
+
+    def measured(values: Tensor, dim: int) -> Tensor:
+        heights.append(len(values))
+        return log_softmax(values, dim)
+
+    monkeypatch.setattr(torch, "log_softmax", measured)
+    together = sample(logits, whole)
+    assert max(heights) <= ROWS_TOGETHER
+    for row in range(rows):
+        alone = sample(logits[row : row + 1], whole.rows(row, row + 1))
+        assert_same_rows(together, alone, [row], alone.top_token_ids.shape[1])
 
 
 def test_which_of_equally_likely_tokens_are_the_top_ones_does_not_depend_on_what_other_rows_ask_for() -> None:
