@@ -58,6 +58,7 @@ def test_without_a_model_the_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -
         ("THREADS", "all"),
         ("MAX_BATCH_TOKENS", "0"),
         ("KV_CACHE_TOKENS", "63"),
+        ("DRAFT_TOKENS", "65"),
         ("CORS_ORIGINS", "chat.example"),
         ("CORS_ORIGINS", "https://chat.example/path"),
         ("CORS_ORIGINS", "https://*.example"),
