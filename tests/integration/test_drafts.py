@@ -16,12 +16,15 @@ from tests.integration.test_stage_faults import MAX_GAP_S, holder_of, wait_for_m
 from tests.support.processes.waiting import wait_until
 from tests.support.served.drafting_router import modules_for
 from tests.support.served.fault_runs import asks, metric, pid_of, run_through
-from tests.support.served.mesh_client import Answer
+from tests.support.served.mesh_client import Answer, mesh_client
+from tests.support.served.metrics_text import read_metrics
 from tests.support.served.resumable import ResumableStream, RunningResumableStreams
 from tests.support.served.served_mesh import ServedMesh, served_mesh
 
 SETTINGS = {"PP": "2", "SPARES": "2", "EXPERTS": "2", "COPIES": "2"}
 PROMPT = [9, 7, 80, 81, 82]
+LEAST_DRAFTED = 10
+"""Steps with drafts in a run in which something is killed."""
 BODIES: dict[str, dict[str, Any]] = {
     "choices": {"n": 3, "temperature": 1.0, "seed": 5},
     "biases": {"logit_bias": {"70": 3.0, "71": -5.0}, "temperature": 1.0, "seed": 5, "min_p": 0.01},
@@ -93,6 +96,11 @@ def drafting(model: Path, undisturbed: Undisturbed, tmp_path_factory: pytest.Tem
         yield mesh
 
 
+def num_drafted_steps(mesh: ServedMesh) -> float:
+    with mesh_client(mesh.local.url) as client:  # a new router is at another port
+        return read_metrics(client.get("/metrics").text).value("moemesh_steps_with_drafts_total")
+
+
 def num_steps_and_tokens(mesh: ServedMesh) -> tuple[float, float]:
     return metric(mesh, "moemesh_steps_planned_total"), metric(mesh, "moemesh_tokens_generated_total")
 
@@ -132,7 +140,9 @@ def test_a_stage_that_is_killed_while_drafts_are_looked_at_changes_nothing(
 ) -> None:
     wait_for_mirrors(drafting)
     pid = pid_of(drafting, holder_of(drafting, slot))
+    num_before = num_drafted_steps(drafting)
     run_through(drafting, undisturbed.answers, f"slot {slot} killed", lambda: os.kill(pid, signal.SIGKILL), MAX_GAP_S)
+    wait_until(lambda: num_drafted_steps(drafting) > num_before + LEAST_DRAFTED, 10, "steps with drafts")
 
 
 def test_a_router_that_is_killed_goes_on_with_what_was_right(drafting: ServedMesh, undisturbed: Undisturbed) -> None:
@@ -151,3 +161,4 @@ def test_a_router_that_is_killed_goes_on_with_what_was_right(drafting: ServedMes
             said = [token for choice in stream.choices[0] for token in choice.get("token_ids") or ()]
             assert tuple(said) == expected.token_ids
         drafting.local.wait_ready(60)
+        wait_until(lambda: num_drafted_steps(drafting) > LEAST_DRAFTED, 10, "steps of the new router with drafts")

@@ -146,6 +146,8 @@ def test_drafts_right_and_wrong_change_no_bit(plain: PlainAnswers, layout: Layou
         num_computed = metric(mesh, "moemesh_tokens_planned_total") - num_prefilled
         # Without wrong drafts each token but the last one of an answer is computed once.
         assert num_computed > num_tokens
+        for outcome in ("accepted", "rejected"):
+            assert metric(mesh, f"moemesh_drafts_{outcome}_total") > len(plain.asks), outcome
 
 
 @pytest.mark.slow
