@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common.errors import ExecutionError
 from common.ids import Generation, PipelineId, RequestId
@@ -374,3 +376,29 @@ def test_blocks_that_wrong_drafts_have_left_to_one_hide_no_others_that_find_none
         complete(scheduler, scheduler.steps_in_flight[0].plan, 50)
     counters = scheduler.snapshot().counters
     assert (counters.requests_finished, counters.preemptions) == (3, 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    num_blocks=st.integers(10, 16),
+    prompt_lengths=st.lists(st.integers(1, 8), min_size=3, max_size=4),
+    num_wrong=st.integers(8, 20),
+    turns=st.lists(st.booleans(), min_size=1, max_size=8),
+)
+def test_wrong_drafts_that_come_and_go_in_a_small_pool_cost_nobody_its_place(
+    num_blocks: int, prompt_lengths: list[int], num_wrong: int, turns: list[bool]
+) -> None:
+    drafter = ScriptedDrafter()
+    scheduler = make_scheduler(num_blocks, drafter=drafter, plans_ahead=True, max_batch_tokens=32)
+    for number, prompt_length in enumerate(prompt_lengths):
+        scheduler.add(build_request(f"{number}", prompt_length, 20, seed=number), 0.0)
+    turns = list(turns)
+    for _ in range(1000):
+        drafter.would = bool(turns) and turns.pop()
+        drafter.guesses = {"0": [60] * num_wrong} if drafter.would else {}
+        scheduler.schedule(0.0)
+        scheduler.check_invariants()
+        if is_idle(scheduler):
+            break
+        complete(scheduler, scheduler.steps_in_flight[0].plan, 50)
+    assert scheduler.snapshot().counters.requests_finished == len(prompt_lengths)
