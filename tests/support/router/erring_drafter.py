@@ -48,7 +48,7 @@ class ErringDrafter:
 
     def note_step(self, plan: StepPlan, seconds: float) -> None:
         assert plan.chunks
-        assert seconds > 0
+        assert seconds >= 0
 
     def forget(self, request: RequestId) -> None:
         self.forgotten.add(request)

@@ -53,8 +53,8 @@ class Drafter(Protocol):
         """Notes which tokens a step has given a request, behind so many generated ones."""
 
     def note_step(self, plan: StepPlan, seconds: float) -> None:
-        """Notes how long a step took, above 0, from the answer to the one before it: one that did nothing but decode,
-        and had the pipeline to itself."""
+        """Notes how long a step took, from the answer to the one before it: one that did nothing but decode, and had
+        the pipeline to itself. 0: both answers were read together; then the one before seemed to take its time too."""
 
     def forget(self, request: RequestId) -> None:
         """Forgets a request that has ended; it may never have heard of that."""

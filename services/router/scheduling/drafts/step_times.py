@@ -98,11 +98,8 @@ class StepTimes:
         return self._height(Manner.DRAFTED, 1) is not None
 
     def note(self, manner: Manner, num_rows: int, seconds: float) -> None:
-        """Notes how long a step of so many rows took, from the answer to the one before it to its own. What cannot be
-        is dropped: no time at all."""
+        """Notes how long a step of so many rows took, from the answer to the one before it to its own."""
         self._num_steps += 1
-        if seconds <= 0:
-            return
         measures = self._measures[manner].setdefault(_bucket(num_rows), _Measures(STEPS_A_MEASURE[manner]))
         measures.add(self._num_steps, max(SHORTEST_S, seconds) / self._shape.relative_time(num_rows))
 

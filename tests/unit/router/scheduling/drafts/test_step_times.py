@@ -139,11 +139,3 @@ def test_sizes_are_told_apart_as_long_as_they_differ_by_much() -> None:
 def test_a_model_all_of_whose_experts_are_read_by_one_row_has_rows_for_nothing() -> None:
     shape = StepShape(4, 4, 1000, 500)
     assert shape.weights(1) == shape.weights(100) == 4500
-
-
-def test_a_step_that_took_no_time_is_no_measure() -> None:
-    found = times(plain=0.01)
-    for manner in Manner:
-        found.note(manner, 1, 0.0)
-    assert found.undrafted_s(1) == pytest.approx(0.01 * (1 - AHEAD_SAVES))
-    assert not found.knows_drafts
