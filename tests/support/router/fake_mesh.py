@@ -252,7 +252,8 @@ class FakeMesh:
         self.client = FakeClient()
         self.outcomes: dict[str, list[Token | MoemeshError]] = {}
         config, shape = config or small_model(), small_mesh(**mesh)
-        log: Any = structlog.wrap_logger(structlog.testing.CapturingLogger(), processors=[])
+        self.logged = structlog.testing.CapturingLogger()
+        log: Any = structlog.wrap_logger(self.logged, processors=[])
         client: Any = self.client
         placer = placer or InlinePlacer()
         settings = SchedulerSettings(

@@ -21,6 +21,7 @@ from services.router.engine import Token
 from services.router.scheduling.admission import Admission
 from services.router.scheduling.pipeline_schedule import PipelineSchedule
 from services.router.scheduling.request import Request
+from tests.support.router.erring_drafter import ErringDrafter
 from tests.support.router.fake_mesh import (
     CHUNK_TOKENS,
     STEP_DEADLINE_S,
@@ -403,3 +404,18 @@ def test_nobodys_time_is_up_before_what_nodes_have_said_was_heard(
     mesh.settle(3)
     assert order[:2] == ["_receive_control", "_expire"]
     assert order.count("_expire") == order.count("_receive_control")
+
+
+def test_what_a_drafter_raises_is_logged_and_costs_no_request() -> None:
+    request = build_request("r", max_tokens=20)
+    drafter = ErringDrafter({request.request_id: reference_tokens(request)}, 3)
+    mesh = FakeMesh(drafter=drafter)
+    mesh.start()
+    with mock.patch.object(drafter, "draft", side_effect=ValueError("no draft")) as draft:
+        mesh.loop.submit(request)
+        mesh.settle(50)
+    assert draft.call_count == 1
+    assert mesh.tokens("r") == reference_tokens(request)
+    (ended,) = [call.kwargs for call in mesh.logged.calls if call.kwargs.get("event") == "drafts_ended"]
+    assert ended["pipeline"] == FIRST
+    assert str(ended["exc_info"]) == "no draft"
