@@ -23,6 +23,8 @@ from tests.support.served.served_mesh import ServedMesh, served_mesh
 
 SETTINGS = {"PP": "2", "SPARES": "2", "EXPERTS": "2", "COPIES": "2"}
 PROMPT = [9, 7, 80, 81, 82]
+NUM_TOKENS = 400
+"""Of an answer during which something is killed: a step gives several."""
 LEAST_DRAFTED = 10
 """Steps with drafts in a run in which something is killed."""
 BODIES: dict[str, dict[str, Any]] = {
@@ -81,7 +83,7 @@ def undisturbed(model: Path) -> Undisturbed:
     with served_mesh(model, {**SETTINGS, "SPARES": "0"}) as mesh:
         bodies = {name: ask(mesh, **fields) for name, fields in BODIES.items()}
         stopping = BODIES["filters"] | late_stop(bodies["filters"])
-        return Undisturbed(mesh.client.ask_all(asks()), bodies, stopping, ask(mesh, **stopping))
+        return Undisturbed(mesh.client.ask_all(asks(NUM_TOKENS)), bodies, stopping, ask(mesh, **stopping))
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +111,13 @@ def test_answers_have_the_bits_that_they_have_without_drafts_in_fewer_steps(
     drafting: ServedMesh, undisturbed: Undisturbed
 ) -> None:
     num_alone = 3
-    assert [drafting.client.ask(each) for each in asks()[:num_alone]] == undisturbed.answers[:num_alone]
+    assert [drafting.client.ask(each) for each in asks(NUM_TOKENS)[:num_alone]] == undisturbed.answers[:num_alone]
     num_expected = sum(len(answer.token_ids) for answer in undisturbed.answers[:num_alone])
     wait_until(lambda: num_steps_and_tokens(drafting)[1] >= num_expected, 10, "the metrics to say so")
     num_steps, num_tokens = num_steps_and_tokens(drafting)
     assert num_steps < 0.6 * num_tokens
     assert metric(drafting, "moemesh_tokens_planned_total") > num_tokens + 100, "some drafts were wrong"
-    assert drafting.client.ask_all(asks()) == undisturbed.answers
+    assert drafting.client.ask_all(asks(NUM_TOKENS)) == undisturbed.answers
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -141,7 +143,8 @@ def test_a_stage_that_is_killed_while_drafts_are_looked_at_changes_nothing(
     wait_for_mirrors(drafting)
     pid = pid_of(drafting, holder_of(drafting, slot))
     num_before = num_drafted_steps(drafting)
-    run_through(drafting, undisturbed.answers, f"slot {slot} killed", lambda: os.kill(pid, signal.SIGKILL), MAX_GAP_S)
+    what = f"slot {slot} killed"
+    run_through(drafting, undisturbed.answers, what, lambda: os.kill(pid, signal.SIGKILL), MAX_GAP_S, NUM_TOKENS)
     wait_until(lambda: num_drafted_steps(drafting) > num_before + LEAST_DRAFTED, 10, "steps with drafts")
 
 
@@ -150,7 +153,7 @@ def test_a_router_that_is_killed_goes_on_with_what_was_right(drafting: ServedMes
     for number in range(2):
         streams = [
             ResumableStream(f"{number}-{place}", "/v1/completions", each.body(drafting.client.model) | {"stream": True})
-            for place, each in enumerate(asks())
+            for place, each in enumerate(asks(NUM_TOKENS))
         ]
         with RunningResumableStreams(lambda: drafting.local.url, streams) as running:
             wait_until(lambda: all(stream.has_tokens for stream in running.streams), 30, "first tokens", 0.005)

@@ -22,9 +22,11 @@ from tests.support.served.streams import RunningStreams, Stream
 TOKENS = 160
 
 
-def asks() -> list[Ask]:
-    greedy = [Ask((3 + number, 70, 80), TOKENS, ignore_eos=True) for number in range(4)]
-    sampled = [Ask((9 + number, 7), TOKENS, temperature=1.0, seed=11 + number, ignore_eos=True) for number in range(4)]
+def asks(num_tokens: int = TOKENS) -> list[Ask]:
+    greedy = [Ask((3 + number, 70, 80), num_tokens, ignore_eos=True) for number in range(4)]
+    sampled = [
+        Ask((9 + number, 7), num_tokens, temperature=1.0, seed=11 + number, ignore_eos=True) for number in range(4)
+    ]
     # Of what its last stage keeps and counts, a sequence that goes on elsewhere must be told anew.
     penalised = [replace(ask, repetition_penalty=1.3) for ask in (greedy[0], *sampled[:3])]
     return [*greedy[1:], *sampled[3:], *penalised]
@@ -41,11 +43,12 @@ def pid_of(mesh: ServedMesh, name: str) -> int:
 
 
 @contextmanager
-def answers_under_way(mesh: ServedMesh) -> Iterator[list[Answer]]:
+def answers_under_way(mesh: ServedMesh, num_tokens: int = TOKENS) -> Iterator[list[Answer]]:
     """Whole answers with log-probabilities, asked for beside the streams."""
     answers: list[Answer] = []
-    with ThreadPoolExecutor(len(asks())) as pool:
-        futures = [pool.submit(mesh.client.ask, ask) for ask in asks()]
+    asked = asks(num_tokens)
+    with ThreadPoolExecutor(len(asked)) as pool:
+        futures = [pool.submit(mesh.client.ask, ask) for ask in asked]
         yield answers
         answers.extend(future.result() for future in futures)
 
@@ -55,10 +58,19 @@ def longest_gap_s(streams: list[Stream], since_s: float) -> float:
 
 
 def run_through(
-    mesh: ServedMesh, undisturbed: list[Answer], what: str, fault: Callable[[], None], max_gap_s: float
+    mesh: ServedMesh,
+    undisturbed: list[Answer],
+    what: str,
+    fault: Callable[[], None],
+    max_gap_s: float,
+    num_tokens: int = TOKENS,
 ) -> None:
-    """Load, a fault in the middle of it, and nothing else than without."""
-    with answers_under_way(mesh) as answers, RunningStreams(mesh.local.url, mesh.client.model, asks()) as running:
+    """Load, a fault in the middle of it, and nothing else than without. `num_tokens`: of each answer."""
+    asked = asks(num_tokens)
+    with (
+        answers_under_way(mesh, num_tokens) as answers,
+        RunningStreams(mesh.local.url, mesh.client.model, asked) as running,
+    ):
         wait_until(lambda: all(len(stream.token_ids) > 20 for stream in running.streams), 60, "tokens on every stream")
         began_s = time.monotonic()
         fault()
