@@ -53,8 +53,6 @@ class StepInFlight:
     """None was in flight when it was planned, but for the one whose tokens it waits for."""
     sent_s: float | None = None
     """When the first stage took it; None: it has not taken it yet. The sender notes this here."""
-    waits_for_drafts: bool | None = None
-    """Whether the one after it is planned when its tokens are known, since it may have drafts; None: not asked yet."""
 
     @property
     def overtaken(self) -> StepId | None:
@@ -168,13 +166,9 @@ class PipelineSchedule:
         picked = going_on_unseen(under_way.plan, self.running)
         if not 0 < len(picked) <= min(self._decode_share(len(picked)), self._max_decodes()):
             return None
-        if under_way.waits_for_drafts is None:  # once a step: between two, planning is asked for many times
-            under_way.waits_for_drafts = self.drafts.are_worth_waiting_for(picked)
-        if under_way.waits_for_drafts:
-            return None
         wanted = [self.num_blocks_for(request.num_planned_tokens + 1) - len(request.block_table) for request in picked]
-        # Spare blocks of one, which drafts of it have left, are no use to the others.
-        if sum(max(0, each) for each in wanted) > self.allocator.num_free:
+        lacks_blocks = sum(max(0, each) for each in wanted) > self.allocator.num_free  # spare ones help no other
+        if lacks_blocks or self.drafts.are_worth_waiting_for(under_way.plan.step, picked):
             return None
         self._has_just_replayed = False
         chunks = self._plan_chunks(step, [(request, 1) for request in picked], None, now_s)
@@ -190,10 +184,8 @@ class PipelineSchedule:
     def _plan_chunks(
         self, step: StepId, picked: Sequence[tuple[Request, int]], preempted: list[Request] | None, now_s: float
     ) -> dict[Request, ScheduledChunk]:
-        """Returns the chunks of a step, of whoever finds blocks for one; those requests are in it from now on.
-
-        `preempted`: to it are added those that give up their blocks, for its owner to put back in line; None: nobody
-        gives up any."""
+        """Returns the chunks of a step, of whoever finds blocks for one; those requests are in it from now on. To
+        `preempted` come those that give up theirs, to be put back in line; None: nobody does."""
         chunks: dict[Request, ScheduledChunk] = {}
         for request, num_tokens in picked:
             if request in (preempted or ()) or self._blame.has(request):
@@ -324,9 +316,7 @@ class PipelineSchedule:
 
     def _make_room(self, request: Request, count: int, preempted: list[Request] | None) -> int:
         """Returns how many of so many blocks are free, once the younger ones that can have given theirs up."""
-        while count > self.allocator.num_free and preempted is not None:
-            if (victim := self._youngest_after(request)) is None:
-                break
+        while preempted is not None and count > self.allocator.num_free and (victim := self._youngest_after(request)):
             with self._blame.handling(victim):
                 self.withdraw(victim)
                 preempted.append(victim)
@@ -396,14 +386,13 @@ class PipelineSchedule:
                 other.planned_s = now_s
         self.last_step = max(self.last_step, step)
         self.pace.answered(now_s, has_failed=has_failed, is_canary=in_flight.is_canary)
-        if in_flight.plan.num_tokens and not has_failed:  # others say nothing of how long work takes
-            self.pace.measured(in_flight.plan.num_tokens, in_flight.planned_s, now_s)
         for request in in_flight.requests:
             request.pace.is_disturbed |= has_failed
             self._set_down(request, step, has_failed=has_failed)
-        is_alone = in_flight.is_alone and all(other.plan.awaited_step == step for other in self.in_flight.values())
-        if in_flight.plan.num_tokens and not has_failed and is_alone:
-            self.drafts.note_step(in_flight.plan, now_s - in_flight.planned_s)
+        if in_flight.plan.num_tokens and not has_failed:  # others say nothing of how long work takes
+            self.pace.measured(in_flight.plan.num_tokens, in_flight.planned_s, now_s)
+            if in_flight.is_alone and all(other.plan.awaited_step == step for other in self.in_flight.values()):
+                self.drafts.note_step(in_flight.plan, now_s - in_flight.planned_s)
         return in_flight
 
     def note_computed(

@@ -70,6 +70,8 @@ class PipelineDrafts:
         """Without a drafter there are none. `max_rows`: of a step."""
         self._drafter = drafter
         self._error: Exception | None = None
+        self._asked_of: StepId | None = None
+        self._was_worth_waiting = False
         self._pipeline = pipeline
         self._allocator = allocator
         self._max_rows = max_rows
@@ -99,9 +101,14 @@ class PipelineDrafts:
                 most -= chunk.num_drafts
                 chunks[request], request.steps[step] = chunk, len(chunk.token_ids)
 
-    def are_worth_waiting_for(self, going_on: Sequence[Request]) -> bool:
+    def are_worth_waiting_for(self, under_way: StepId, going_on: Sequence[Request]) -> bool:
         """Returns whether the step in which these go on had better be planned once the tokens that are under way are
-        known: then it has drafts."""
+        known: then it has drafts. Until then that is asked for many times, and looked at once."""
+        if self._asked_of != under_way:
+            self._asked_of, self._was_worth_waiting = under_way, self._would_draft(going_on)
+        return self._was_worth_waiting
+
+    def _would_draft(self, going_on: Sequence[Request]) -> bool:
         if self._drafter is None:
             return False
         wishes = self._wishes(self._drafter, going_on, 1)
