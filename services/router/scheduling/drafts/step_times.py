@@ -23,6 +23,10 @@ COMPUTING = 0.05
 AHEAD_SAVES = 0.07
 """What a step is shorter by that was planned ahead, as long as that is not measured."""
 MEASURES_KEPT = 8
+SHARE_AVERAGED = 0.75
+"""So many of a size's measures, the shortest, are averaged: stalls are left out. Of steps that are answered faster than
+the router looks, some seem to take no time and others twice their own; together they take what they do."""
+SHORTEST_S = 1e-6
 NEXT_SIZES, ANY_SIZE = 1, 1 << 30
 """How many sizes away a measure may be that stands for one."""
 
@@ -97,7 +101,7 @@ class StepTimes:
         """Notes how long a step of so many rows took, from the answer to the one before it to its own."""
         self._num_steps += 1
         measures = self._measures[manner].setdefault(_bucket(num_rows), _Measures(STEPS_A_MEASURE[manner]))
-        measures.add(self._num_steps, seconds / self._shape.relative_time(num_rows))
+        measures.add(self._num_steps, max(SHORTEST_S, seconds) / self._shape.relative_time(num_rows))
 
     def undrafted_s(self, num_rows: int) -> float | None:
         """Returns how long a step of so many rows takes that drafts nothing, planned ahead where that is done; None if
@@ -136,7 +140,7 @@ class _Measures:
         self._steps_a_measure = steps_a_measure
         self._steps_heights: deque[tuple[int, float]] = deque(maxlen=MEASURES_KEPT)
         self.height = 0.0
-        """The median of seconds over the relative time of the size."""
+        """Seconds over the relative time of the size."""
         self.last_until_step = 0
 
     def add(self, step: int, height: float) -> None:
@@ -145,7 +149,8 @@ class _Measures:
         latest.append((step, height))
         while step - latest[0][0] >= FORGOTTEN_AFTER_MEASURES * self._steps_a_measure:
             latest.popleft()
-        self.height = statistics.median_low([each for _, each in latest])
+        shortest = sorted(each for _, each in latest)[: max(1, int(SHARE_AVERAGED * len(latest)))]
+        self.height = statistics.fmean(shortest)
         self.last_until_step = step + self._steps_a_measure * len(latest)
 
 

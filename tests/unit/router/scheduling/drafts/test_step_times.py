@@ -85,6 +85,21 @@ def test_a_stall_moves_no_time() -> None:
     assert found.drafted_s(1) == pytest.approx(0.01)
 
 
+def test_steps_that_are_answered_together_seem_to_take_no_time_and_twice_their_own() -> None:
+    found = StepTimes(BENCH)
+    for _ in range(4):
+        found.note(Manner.AHEAD, 1, 0.02)
+        found.note(Manner.AHEAD, 1, 0.0)
+    undrafted_s = found.undrafted_s(1)
+    assert undrafted_s is not None
+    assert 0.005 < undrafted_s < 0.01
+    for _ in range(MEASURES_KEPT):
+        found.note(Manner.AHEAD, 1, 0.0)
+    undrafted_s = found.undrafted_s(1)
+    assert undrafted_s is not None
+    assert undrafted_s > 0, "others are divided by it"
+
+
 @pytest.mark.parametrize(("manner", "other"), [(Manner.AHEAD, Manner.DRAFTED), (Manner.DRAFTED, Manner.PLAIN)])
 @pytest.mark.parametrize("num_measures", [1, 3, MEASURES_KEPT, 2 * MEASURES_KEPT])
 def test_a_measure_holds_for_so_many_steps_and_several_for_as_many_times_that(
