@@ -81,7 +81,7 @@ class Settings(BaseSettings):
     max_context_tokens: int = Field(default=0, ge=0, description="0: what the model allows")
     pipeline_policy: Literal["least_in_flight", "weighted"] = "least_in_flight"
     draft_tokens: int = Field(
-        default=0, ge=0, le=64, description="tokens that a decoding sequence may guess ahead in a step; 0: none"
+        default=15, ge=0, le=64, description="tokens that a decoding sequence may guess ahead in a step; 0: none"
     )
     prefix_cache: Literal["on", "off"] = Field(
         default="on", description="on: a prompt that begins like an earlier one is computed from where they part"

@@ -93,7 +93,8 @@ def _by_node(span: MetricsSnapshot, name: str, kind: str) -> dict[str, float]:
 def measure(settings: Mapping[str, str], checkpoint: Path, source: PromptSource, layers: int, tokens: int) -> Gaps:
     """A mesh that is started for it, whose stages report what their kernels take."""
     state_dir = Path(tempfile.mkdtemp(prefix="gaps-"))
-    environment = {"MODEL": str(checkpoint.resolve()), "PORT": "0", **settings}
+    # A text that happens to repeat itself must not have steps of more rows.
+    environment = {"MODEL": str(checkpoint.resolve()), "PORT": "0", "DRAFT_TOKENS": "0", **settings}
     try:
         with LocalMesh(environment, state_dir, modules={"stage": "tests.benchmarks.timed_stage"}) as local:
             local.wait_ready(READY_WITHIN_S)

@@ -1,7 +1,7 @@
-"""The drafter that mesh and tests run: guesses of a source, as many as acceptance and bandwidth make worth their rows.
+"""The drafter of a mesh: guesses of a source, as many as acceptance and bandwidth make worth their rows. Pure.
 
 Each guess is held against the tokens that come, drafted or not. So it is known what drafts would be worth while none
-are made, and they come back by themselves when a text begins to repeat itself. Pure.
+are made, and they come back by themselves when a text begins to repeat itself.
 """
 
 from __future__ import annotations
