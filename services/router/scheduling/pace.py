@@ -32,7 +32,8 @@ class PipelinePace:
         self.last_work_s = 0.0
         """When a step that was not a canary was last answered; at first, when the pipeline opened."""
         self.last_success_s = 0.0
-        """When work was last answered, in whatever generation; steps that failed were not."""
+        """When work was last answered, if only blocks that came back, in whatever generation; steps that failed were
+        not. Who lands them notes it here."""
         self._last_answer_s = 0.0
         self._latest_s: deque[float] = deque(maxlen=LATEST_STEPS)
         self._buckets: dict[int, deque[float]] = {}
@@ -52,7 +53,6 @@ class PipelinePace:
 
     def measured(self, num_tokens: int, planned_s: float, now_s: float) -> None:
         """Notes how long a step with work took."""
-        self.last_success_s = now_s
         self._latest_s.append(now_s - planned_s)
         self._buckets.setdefault(num_tokens.bit_length(), deque(maxlen=RECENT_STEPS)).append(now_s - planned_s)
 

@@ -196,7 +196,8 @@ class PipelineSchedule:
                 elif num_tokens:
                     chunk = self._plan_chunk(request, num_tokens, preempted)
                 else:
-                    chunk = self._plan_restoring(step, request, preempted)
+                    num_restored = sum(len(other.tier_slots) for other in chunks.values())
+                    chunk = self._plan_restoring(step, request, preempted, num_restored)
                 if chunk is not None:
                     chunks[request] = chunk
                     request.steps[step] = len(chunk.token_ids)
@@ -277,14 +278,13 @@ class PipelineSchedule:
         picked = [(request, 1) for request in ready_decodes[:num_decodes]]
         num_tokens_left = settings.max_batch_tokens - len(picked)
         for request in ready_prefills[: settings.max_batch_sequences - len(picked)]:
-            if self.prefixes.find_kept(request):
-                picked.append((request, 0))  # it is copied
-                continue
-            num_tokens = min(request.num_unplanned_tokens, settings.prefill_chunk_tokens, num_tokens_left)
-            if num_tokens < 1:
-                break
-            picked.append((request, num_tokens))
-            num_tokens_left -= num_tokens
+            with self._blame.handling(request):
+                is_copied = bool(self.prefixes.find_kept(request))
+                chunk_tokens = min(request.num_unplanned_tokens, settings.prefill_chunk_tokens)
+                num_tokens = 0 if is_copied else min(chunk_tokens, num_tokens_left)
+                if is_copied or num_tokens > 0:
+                    picked.append((request, num_tokens))
+                    num_tokens_left -= num_tokens
         return sorted(picked, key=lambda pick: pick[0].arrival)
 
     def _plan_chunk(self, request: Request, num_tokens: int, preempted: list[Request] | None) -> ScheduledChunk | None:
@@ -303,14 +303,17 @@ class PipelineSchedule:
         request.block_table.extend(new_block_ids)
         return self._chunk(request, start, num_tokens, samples=start + num_tokens >= request.num_tokens)
 
-    def _plan_restoring(self, step: StepId, request: Request, preempted: list[Request] | None) -> ScheduledChunk | None:
-        """Plans that blocks come back from the session tier, as many as find room."""
-        slots = self.prefixes.find_kept(request)
+    def _plan_restoring(
+        self, step: StepId, request: Request, preempted: list[Request] | None, num_restored: int
+    ) -> ScheduledChunk | None:
+        """Plans that blocks come back from the session tier, as many as find room. `num_restored`: in the same step
+        already, of others."""
+        slots = self.prefixes.find_kept(request, num_restored)
         self.prefixes.begin_restoring(request, slots)
         block_ids = self.allocator.allocate(self._make_room(request, len(slots), preempted))
         if not block_ids:
             return None
-        request.begin_restoring(step, block_ids)
+        request.begin_restoring(step, block_ids, self.prefixes.numeric_class)
         chunk = self._chunk(request, request.num_computed_tokens, len(block_ids) * self._settings.block_tokens)
         return replace(chunk, block_offset=0, new_block_ids=block_ids, tier_slots=tuple(slots[: len(block_ids)]))
 
@@ -389,6 +392,8 @@ class PipelineSchedule:
         for request in in_flight.requests:
             request.pace.is_disturbed |= has_failed
             self._set_down(request, step, has_failed=has_failed)
+        if in_flight.plan.chunks and not has_failed:
+            self.pace.last_success_s = now_s
         if in_flight.plan.num_tokens and not has_failed:  # others say nothing of how long work takes
             self.pace.measured(in_flight.plan.num_tokens, in_flight.planned_s, now_s)
             if in_flight.is_alone and all(other.plan.awaited_step == step for other in self.in_flight.values()):
@@ -438,6 +443,8 @@ class PipelineSchedule:
                 kept = self.num_blocks_for(request.num_computed_tokens)
                 self.allocator.free(reversed(request.block_table[kept:]))
                 del request.block_table[kept:]
+                if not request.num_computed_tokens:
+                    request.numeric_class = None  # it may be computed by another
         if not request.steps and request.state is not RequestState.RUNNING:
             with self._blame.handling(request):
                 self._give_back(request)
@@ -585,15 +592,7 @@ class PipelineSchedule:
         arrivals = [request.arrival for request in self.running]
         assert arrivals == sorted(set(arrivals)), "running requests are out of order"
         for request in self.running:
-            assert request.state is RequestState.RUNNING, f"{request.request_id} is {request.state} and runs"
-            assert request.num_remaining_tokens >= 1, f"{request.request_id} has nothing to compute"
-            assert request.steps.keys() <= self.in_flight.keys(), f"{request.request_id} is in a step that has landed"
-            assert list(request.steps) == sorted(request.steps), f"{request.request_id} is in steps out of order"
-            if not request.is_replaying:
-                covered = len(request.block_table) * self._settings.block_tokens
-                least = -num_guessed[id(request)] - request.is_decoding
-                assert request.num_unplanned_tokens >= least, f"{request.request_id} has more in flight than tokens"
-                assert covered >= request.num_planned_tokens, f"{request.request_id} has more cache than blocks"
+            request.check_invariants(self.in_flight.keys(), num_guessed[id(request)])
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Returns how many blocks hold this many tokens."""

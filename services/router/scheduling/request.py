@@ -10,7 +10,7 @@ WAITING -> RUNNING -> FINISHED
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import TracebackType
@@ -216,10 +216,10 @@ class Request:
             self._note_history(max(step, self.kv_history[-1][0] if self.kv_history else 0))
         self._note_found(start)
 
-    def begin_restoring(self, step: StepId, block_ids: Sequence[int]) -> None:
-        """Notes that a step is to bring its next blocks back: these, which are its own from now on."""
+    def begin_restoring(self, step: StepId, block_ids: Sequence[int], numeric_class: int) -> None:
+        """Notes that a step is to bring its next blocks back: to these, which are its own from now on, by a class."""
         self.block_table.extend(block_ids)
-        self.restoring = step
+        self.restoring, self.numeric_class = step, numeric_class
 
     def note_restored(self, step: int, num_tokens: int, now_s: float) -> None:
         """Notes that a step has brought this many of its next tokens back to every slot: it goes on as if it had found
@@ -285,6 +285,20 @@ class Request:
         prompt = self.generation_request.prompt_token_ids
         generated = self.generated_token_ids
         return prompt[start:stop] + tuple(generated[max(0, start - len(prompt)) : max(0, stop - len(prompt))])
+
+    def check_invariants(self, in_flight: Collection[StepId], num_guessed: int) -> None:
+        """Raises AssertionError where one that runs contradicts itself, or the steps in flight of its pipeline.
+        `num_guessed`: drafts of it in these."""
+        name = self.request_id
+        assert self.state is RequestState.RUNNING, f"{name} is {self.state} and runs"
+        assert self.num_remaining_tokens >= 1, f"{name} has nothing to compute"
+        assert self.steps.keys() <= set(in_flight), f"{name} is in a step that has landed"
+        assert list(self.steps) == sorted(self.steps), f"{name} is in steps out of order"
+        if not self.is_replaying:
+            covered = len(self.block_table) * self.block_tokens
+            least = -num_guessed - self.is_decoding
+            assert self.num_unplanned_tokens >= least, f"{name} has more in flight than tokens"
+            assert covered >= self.num_planned_tokens, f"{name} has more cache than blocks"
 
     def block_key(self, index: int, numeric_class: int) -> BlockKey:
         """Returns the name of what its block `index` holds, all of whose tokens must be known."""

@@ -20,8 +20,8 @@ from services.router.scheduling.request import Blame, Request
 from services.router.scheduling.step_plan import ComputedBy, ScheduledChunk
 
 MAX_RESTORED_BLOCKS = 32
-"""Blocks of one request that one step brings back from the session tier: copying them takes some ms, for which whoever
-decodes in that step waits."""
+"""Blocks that one step brings back from the session tier, of all requests: copying them takes some ms, for which
+whoever decodes in that step waits."""
 MAX_FAILURES_RESTORING = 1
 """Who has had more failed steps in a row computes what it could get back: perhaps they failed by that."""
 
@@ -36,7 +36,7 @@ class PrefixSharing:
         self._cache = allocator.cache
         self._block_tokens = block_tokens
         self._is_on = is_on
-        self._numeric_class = 0
+        self.numeric_class = 0
         """By which the newest step was computed that was not of several; 0: none was yet, in this generation."""
         self._lacking: set[int] = set()
         """Blocks that a replay has to rebuild, and has not rebuilt yet."""
@@ -52,7 +52,7 @@ class PrefixSharing:
             return []
         found: list[int] = []
         for index in range(len(request.block_table), self._num_findable(request)):
-            block_id = self._cache.find(request.block_key(index, self._numeric_class))
+            block_id = self._cache.find(request.block_key(index, self.numeric_class))
             if block_id is None:
                 break
             found.append(block_id)
@@ -69,7 +69,7 @@ class PrefixSharing:
         """Lets a request that runs here have what it finds now."""
         if found := self.find(request):
             self._allocator.share(found)
-            request.numeric_class = self._numeric_class
+            request.numeric_class = self.numeric_class
             num_before = request.num_found_tokens
             request.take_blocks(found, [self._cache.step_of(block_id) for block_id in found])
             self._cache.counters.blocks_found += len(found)
@@ -80,21 +80,22 @@ class PrefixSharing:
         if not self._may_find(request):
             return 0
         for index in range(len(request.block_table), self._num_findable(request)):
-            key = request.block_key(index, self._numeric_class)
+            key = request.block_key(index, self.numeric_class)
             if self._cache.find(key) is None and self._cache.tier.find(key) is None:
                 return index * self._block_tokens
         return self._num_findable(request) * self._block_tokens
 
-    def find_kept(self, request: Request) -> list[int]:
-        """Returns the tier slots of the blocks that a request which runs here needs next, and that are in no block."""
+    def find_kept(self, request: Request, num_restored: int = 0) -> list[int]:
+        """Returns the tier slots of the blocks that a request which runs here needs next, and that are in no block; as
+        many as may come back in a step that brings back so many for others."""
         if not self._cache.tier.num_kept or not self._may_find(request):
             return []
         if request.num_failed_steps > MAX_FAILURES_RESTORING:
             return []
         slots: list[int] = []
         start = len(request.block_table)
-        for index in range(start, min(start + MAX_RESTORED_BLOCKS, self._num_findable(request))):
-            key = request.block_key(index, self._numeric_class)
+        for index in range(start, min(start + MAX_RESTORED_BLOCKS - num_restored, self._num_findable(request))):
+            key = request.block_key(index, self.numeric_class)
             slot = self._cache.tier.find(key)
             if slot is None or self._cache.find(key) is not None:
                 break
@@ -108,8 +109,7 @@ class PrefixSharing:
             return
         self._cache.tier.hold(slots)
         indices = range(len(request.block_table), self._num_findable(request))
-        self._cache.tier.touch(request.block_key(index, self._numeric_class) for index in reversed(indices))
-        request.numeric_class = self._numeric_class
+        self._cache.tier.touch(request.block_key(index, self.numeric_class) for index in reversed(indices))
 
     def begin_step(self, step: StepId, chunks: Collection[ScheduledChunk]) -> tuple[tuple[int, int], ...]:
         """Notes that a step with these chunks is planned. Returns block and tier slot of what it is to save first: that
@@ -127,7 +127,7 @@ class PrefixSharing:
 
     def _may_find(self, request: Request) -> bool:
         """Returns whether nothing of it is under way, its own blocks are all whole, and of the class of now."""
-        if not self._takes_part(request) or not self._numeric_class or request.steps or request.is_replaying:
+        if not self._takes_part(request) or not self.numeric_class or request.steps or request.is_replaying:
             return False
         if request.was_misled:
             return False
@@ -136,7 +136,7 @@ class PrefixSharing:
     def _takes_part(self, request: Request) -> bool:
         if not self._is_on or not request.generation_request.uses_cache:
             return False
-        is_of_now = request.numeric_class in (None, self._numeric_class or None)  # nothing of class 0 is entered
+        is_of_now = request.numeric_class in (None, self.numeric_class or None)  # nothing of class 0 is entered
         return is_of_now and not self._cache.is_spoilt(request.block_table)
 
     def _num_findable(self, request: Request) -> int:
@@ -157,7 +157,7 @@ class PrefixSharing:
                 if not self._takes_part(request) or request.num_tokens < self._block_tokens:
                     left.append(request)
                     continue
-                alike = leaders.setdefault(request.block_key(0, self._numeric_class), [])
+                alike = leaders.setdefault(request.block_key(0, self.numeric_class), [])
                 if not self._is_follower(request, alike):
                     left.append(request)
                 if not request.num_failed_steps:  # nobody waits for one that breaks its steps
@@ -172,12 +172,12 @@ class PrefixSharing:
             return False  # its step has failed: while it waited for another, it would seem to be stalled
         if index >= self._num_findable(request):
             return False
-        own = request.block_key(index, self._numeric_class)
+        own = request.block_key(index, self.numeric_class)
         stop = (index + 1) * self._block_tokens
         for other in older:
             if other.num_computed_tokens < stop <= other.num_tokens:
                 with self._blame.handling(other):
-                    if other.block_key(index, self._numeric_class) == own:
+                    if other.block_key(index, self.numeric_class) == own:
                         return True
         return False
 
@@ -186,7 +186,7 @@ class PrefixSharing:
     def note_answered(self, computed_by: ComputedBy) -> None:
         """Notes by whom a step was computed that was answered, whatever it carried: what is found now is of that
         class."""
-        self._numeric_class = computed_by.numeric_class or self._numeric_class
+        self.numeric_class = computed_by.numeric_class or self.numeric_class
 
     def is_misled(self, request: Request, computed_by: ComputedBy) -> bool:
         """Returns whether another class answers the first step behind blocks that a request has found, and no token of
@@ -264,7 +264,7 @@ class PrefixSharing:
         """Forgets which class answers, and what a holder lacks, by its mark. `running` know by now what is to be
         replayed: nothing of that is cached, and all of its holders replay it, until it is whole again. Then it is
         entered again."""
-        self._numeric_class = 0  # who computes now may be another
+        self.numeric_class = 0  # who computes now may be another
         self._allocator.forget(self._cache.behind(kv_marks))
         self._lacking = set()
         for request in running:

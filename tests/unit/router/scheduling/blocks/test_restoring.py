@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from common.errors import ExecutionError
-from common.ids import Generation
-from services.router.engine import GenerationRequest
+from common.ids import Generation, RequestId
+from services.router.engine import GenerationRequest, Token
 from services.router.scheduling.blocks import sharing
 from services.router.scheduling.scheduler import Scheduler
 from services.router.scheduling.step_plan import ComputedBy, StepPlan
@@ -144,3 +144,56 @@ def test_a_second_one_waits_for_the_first_and_shares_what_that_gets() -> None:
     scheduler.complete(plan.step, {}, 0.0, computed_by=CLASS)
     assert finish(scheduler)[1] == 16
     assert scheduler.snapshot().counters.prefixes.tier.blocks_restored == 2
+
+
+def test_one_whose_blocks_did_not_come_back_may_be_computed_by_another_class_and_is_found_under_that() -> None:
+    scheduler = evicted()
+    scheduler.add(alike("second", max_tokens=1), 0.0)
+    scheduler.fail_step(restoring(scheduler).step, ExecutionError("simulated"), 0.0)
+    scheduler.suspend_pipeline(P0, 0.0)
+    open_pipeline(scheduler, P0, Generation(2), 5, 1, 0.0, kv_marks=(10**6,), num_tier_slots=8, tier_since=0)
+    answer_canary(scheduler, OTHER_CLASS)
+    assert finish(scheduler, OTHER_CLASS) == ([(0, 9)], 0)
+    scheduler.add(alike("third", max_tokens=1), 0.0)
+    assert finish(scheduler, OTHER_CLASS) == ([(8, 1)], 8)
+
+
+def test_all_that_come_back_at_once_share_what_a_step_may_bring_back() -> None:
+    num_prompts, length = 6, 4 * 33 + 1
+    scheduler = make_scheduler(
+        num_prompts * 40, 2, 2000, caches_prefixes=True, max_batch_tokens=64, prefill_chunk_tokens=64
+    )
+    prompts = [prompt_from(10_000 * number, length) for number in range(1, num_prompts + 1)]
+    run(scheduler, *(replace(prompt, request_id=RequestId(f"cold {n}")) for n, prompt in enumerate(prompts)))
+    run(scheduler, *(prompt_from(1_000_000 + 10_000 * number, 4 * 130) for number in range(3)))
+    for prompt in prompts:
+        scheduler.add(prompt, 0.0)
+    while plans := scheduler.schedule(0.0):
+        scheduler.check_invariants()
+        for plan in plans:
+            assert len(plan.restores) <= sharing.MAX_RESTORED_BLOCKS
+            complete_all(scheduler, plan)
+    assert scheduler.snapshot().counters.prefixes.tier.blocks_restored == num_prompts * 33
+
+
+def prompt_from(first: int, length: int) -> GenerationRequest:
+    return replace(alike(f"from {first}", max_tokens=1), prompt_token_ids=tuple(range(first, first + length)))
+
+
+def complete_all(scheduler: Scheduler, plan: StepPlan) -> None:
+    sampled = {chunk.sequence_id: (Token(1),) for chunk in plan.chunks if chunk.samples}
+    scheduler.complete(plan.step, sampled, 0.0, computed_by=CLASS)
+
+
+def test_a_long_prompt_that_comes_back_shows_that_its_pipeline_gets_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "MAX_RESTORED_BLOCKS", 1)
+    scheduler = evicted()
+    scheduler.add(replace(alike("waits", max_tokens=1), prompt_token_ids=alike("x").prompt_token_ids + (7,)), 1.0)
+    scheduler.add(alike("second", max_tokens=1), 1.0)
+    for now_s in (1.0, 3.0):
+        (plan,) = scheduler.schedule(now_s)
+        assert plan.restores
+        scheduler.complete(plan.step, {}, now_s + 1.0, computed_by=CLASS)
+        token = scheduler.snapshot().pipelines[0].token
+        assert token is not None
+        assert token.since_s == now_s + 1.0
