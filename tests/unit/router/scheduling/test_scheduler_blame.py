@@ -44,6 +44,12 @@ PLACES: list[tuple[type, str]] = [
     (PrefixSharing, "skip_replayed"),
     (PrefixSharing, "num_to_replay"),
 ]
+PLACES_OF_TIER: list[tuple[type, str]] = [
+    (PrefixSharing, "find_kept"),
+    (PrefixSharing, "begin_restoring"),
+    (PrefixSharing, "note_restored"),
+    (PipelineSchedule, "_plan_restoring"),
+]
 
 
 @contextmanager
@@ -72,8 +78,11 @@ def breaking(place: tuple[type, str], call: int, is_after: bool) -> Iterator[Non
 class Mesh:
     """A scheduler over two stages, in a pool in which requests are preempted."""
 
-    def __init__(self, term: int = 1) -> None:
-        self.settings = SchedulerSettings(block_tokens=2, max_batch_tokens=16, prefill_chunk_tokens=6)
+    def __init__(self, term: int = 1, num_tier_slots: int = 0) -> None:
+        self.num_tier_slots = num_tier_slots
+        self.settings = SchedulerSettings(
+            block_tokens=2, max_batch_tokens=16, prefill_chunk_tokens=6, caches_prefixes=num_tier_slots > 0
+        )
         self.scheduler = Scheduler(self.settings, first_number=term << 32)
         self.generation = term << 32
         self.tokens: dict[RequestId, list[int]] = {}
@@ -86,6 +95,7 @@ class Mesh:
         self.generation += 1
         self.in_flight.clear()
         self.stages.resume(Generation(self.generation), (), mirrored=False)
+        arguments |= {"num_tier_slots": self.num_tier_slots, "tier_since": self.stages.tier_since}
         open_pipeline(self.scheduler, P0, Generation(self.generation), 14, 2, 0.0, self.stages.marks, **arguments)
         self.scheduler.check_invariants()
 
@@ -104,11 +114,18 @@ class Mesh:
         if self.in_flight:
             plan = self.in_flight.pop(0)
             sampled = self.stages.answer(plan)
-            for output in self.scheduler.complete(plan.step, sampled, 0.0):
+            for output in self.scheduler.complete(plan.step, sampled, 0.0, computed_by=ComputedBy(7)):
                 self.tokens.setdefault(output.request_id, []).append(output.token.token_id)
             self.scheduler.check_invariants()
             return True
         return bool(plans)
+
+    def evict(self) -> None:
+        """What the culprit needs was computed for another, had to make room, and is in the tier."""
+        for request in (replace(REQUESTS[2], request_id=RequestId("before")), build_request("all", 26, 2, seed=9)):
+            self.scheduler.add(request, 0.0)
+            while self.turn():
+                pass
 
 
 REQUESTS = [
@@ -121,7 +138,8 @@ REQUESTS = [
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    place=st.sampled_from(PLACES),
+    place=st.sampled_from([*PLACES, *PLACES_OF_TIER]),
+    num_tier_slots=st.sampled_from([0, 8]),
     call=st.integers(1, 6),
     is_after=st.booleans(),
     suspended_at=st.integers(0, 12),
@@ -129,11 +147,19 @@ REQUESTS = [
     closed_at=st.integers(0, 12),
 )
 def test_an_error_anywhere_costs_the_request_that_it_is_about_and_nobody_else_a_token(
-    place: tuple[type, str], call: int, is_after: bool, suspended_at: int, restarted_at: int, closed_at: int
+    place: tuple[type, str],
+    num_tier_slots: int,
+    call: int,
+    is_after: bool,
+    suspended_at: int,
+    restarted_at: int,
+    closed_at: int,
 ) -> None:
-    mesh = Mesh()
+    mesh = Mesh(num_tier_slots=num_tier_slots)
     with breaking(place, call, is_after):
         mesh.open()
+        if num_tier_slots:
+            mesh.evict()
         for request in REQUESTS:
             mesh.scheduler.add(request, 0.0)
         for number in range(400):
@@ -165,7 +191,7 @@ def test_an_error_anywhere_costs_the_request_that_it_is_about_and_nobody_else_a_
 
 def restarted(mesh: Mesh) -> Mesh:
     """Another router over the same stages, with what a journal would have."""
-    after = Mesh(term=2)
+    after = Mesh(2, mesh.num_tier_slots)
     after.tokens, after.stages, after.placed, after.failures = mesh.tokens, mesh.stages, mesh.placed, mesh.failures
     failed = {failure.request_id for failure in mesh.failures}
     for request in REQUESTS:
@@ -174,6 +200,24 @@ def restarted(mesh: Mesh) -> Mesh:
             after.scheduler.add(request.restored(tokens, mesh.placed.get(request.request_id)), 0.0)
     after.open(held=mesh.stages.held())
     return after
+
+
+@pytest.mark.parametrize("is_after", [False, True])
+@pytest.mark.parametrize("place", PLACES_OF_TIER, ids=lambda place: place[1])
+def test_an_error_over_what_comes_back_ends_who_needs_it_and_not_what_the_pipeline_has_in_flight(
+    place: tuple[type, str], is_after: bool
+) -> None:
+    mesh = Mesh(num_tier_slots=8)
+    mesh.open()
+    mesh.evict()
+    opened = mesh.generation
+    with breaking(place, 1, is_after):
+        for request in REQUESTS:
+            mesh.scheduler.add(request, 0.0)
+        while mesh.turn():
+            pass
+    assert [failure.request_id for failure in mesh.failures] == [CULPRIT]
+    assert mesh.generation == opened
 
 
 def test_an_error_that_is_nobodys_in_particular_ends_who_runs_there_after_a_few_tries_and_not_the_mesh() -> None:
