@@ -23,6 +23,7 @@ from common.wire.endpoints import choose_endpoint
 from common.wire.tensor import tensor_to_frame
 from common.wire.transport import Full, LinkEvent, MessageSocket, Transport
 from services.stage.model.kv_cache import PagedMemory, positions_of_blocks
+from services.stage.model.paged_attention import KV_BLOCK_TOKENS
 from services.stage.slot.slot import HeldMemory
 
 RESTART_DELAY_S = 1.0
@@ -144,7 +145,8 @@ class MirrorLink:
 
 
 BACKFILL_BLOCKS = 8
-"""Blocks of one message: some milliseconds of copying."""
+"""Blocks of one message: some milliseconds of copying. A step's rows go in messages of as many positions at most: what
+a device's copies go through stays small."""
 MAX_BACKFILL_AHEAD_BYTES = 32 << 20
 """The back-fill waits for acknowledgements while this much is under way: a link that is slower than the copying is not
 overrun, and rows have room behind it."""
@@ -192,9 +194,12 @@ class MirrorSender:
         return has_room and len(self._unacknowledged) < MAX_BACKFILL_AHEAD_MESSAGES
 
     def send_rows(self, memory: PagedMemory, positions: Tensor, mark: int) -> None:
-        """Sends what a step has written at `positions` [T]."""
-        if not self.is_broken and self.connected:
-            self._send(memory, positions, mark, is_last=False)
+        """Sends what a step has written at `positions` [T]; if that is much, in pieces, of which the last has the
+        mark."""
+        *before, last = torch.split(positions, BACKFILL_BLOCKS * KV_BLOCK_TOKENS)
+        for piece, its_mark in (*((piece, 0) for piece in before), (last, mark)):
+            if not self.is_broken and self.connected:
+                self._send(memory, piece, its_mark, is_last=False)
 
     def send_blocks(self, memory: PagedMemory, mark: int) -> None:
         """Sends the next few blocks of the back-fill; the last message says so, also where there is no block at all."""

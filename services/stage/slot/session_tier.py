@@ -9,7 +9,7 @@ B blocks of one call, L layers of the stage, H KV heads, W head width, D model w
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,9 @@ from common.messages import Step, TensorFrame
 from common.wire.array import Int32Array, frame_to_array
 from services.stage.model.kv_cache import PagedMemory, Rows, positions_of_blocks
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
+
+DEVICE_BLOCKS = 8
+"""Blocks that go to a device or come from it at once: what they go through is host memory that is kept."""
 
 
 class SessionTier(Protocol):
@@ -87,16 +90,24 @@ class DeviceTier:
         self._hidden = torch.empty((num_slots, num_logged, memory.log.shape[1]), dtype=memory.log.dtype)
 
     def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> None:
-        rows = self._memory.rows(positions_of_blocks(torch.tensor(block_ids, dtype=torch.int64)))
-        for place, slot in enumerate(slots):
-            own = slice(place * KV_BLOCK_TOKENS, (place + 1) * KV_BLOCK_TOKENS)
-            self._keys[slot], self._values[slot] = rows.keys[:, own], rows.values[:, own]
-            self._hidden[slot] = rows.hidden[own]
+        for positions, batch in _in_batches(block_ids, slots):
+            rows = self._memory.rows(positions)
+            for place, slot in enumerate(batch):
+                own = slice(place * KV_BLOCK_TOKENS, (place + 1) * KV_BLOCK_TOKENS)
+                self._keys[slot], self._values[slot] = rows.keys[:, own], rows.values[:, own]
+                self._hidden[slot] = rows.hidden[own]
 
     def restore(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
-        kept = torch.tensor(slots, dtype=torch.int64)
-        rows = Rows(_in_a_row(self._keys[kept]), _in_a_row(self._values[kept]), self._hidden[kept].flatten(0, 1))
-        self._memory.put_rows(positions_of_blocks(torch.tensor(block_ids, dtype=torch.int64)), rows)
+        for positions, batch in _in_batches(block_ids, slots):
+            keys, values = _in_a_row(self._keys[batch]), _in_a_row(self._values[batch])
+            self._memory.put_rows(positions, Rows(keys, values, self._hidden[batch].flatten(0, 1)))
+
+
+def _in_batches(block_ids: Sequence[int], slots: Sequence[int]) -> Iterator[tuple[Tensor, list[int]]]:
+    """Yields positions and slots of at most DEVICE_BLOCKS blocks at a time."""
+    for start in range(0, len(slots), DEVICE_BLOCKS):
+        batch = slice(start, start + DEVICE_BLOCKS)
+        yield positions_of_blocks(torch.tensor(block_ids[batch], dtype=torch.int64)), list(slots[batch])
 
 
 def _in_a_row(blocks: Tensor) -> Tensor:

@@ -227,6 +227,24 @@ def test_a_large_back_fill_goes_in_pieces_and_only_the_last_completes() -> None:
     assert pair.mirror.is_complete
 
 
+def test_many_rows_of_a_step_go_in_pieces_and_its_mark_comes_with_the_last() -> None:
+    pair = Pair()
+    pair.sender.begin([])
+    pair.fill()
+    pair.write([0])
+    pair.deliver()
+    pair.write(list(range((2 * BACKFILL_BLOCKS + 1) * KV_BLOCK_TOKENS)))
+    sizes, marks = list[int](), list[int]()
+    for message, header in pair.wire.waiting:
+        assert isinstance(message, MirrorRows)
+        sizes.append(message.positions.shape[0] // KV_BLOCK_TOKENS)
+        pair.mirror.apply(message, header)
+        marks.append(pair.mirror.mark)
+    assert sizes == [BACKFILL_BLOCKS, BACKFILL_BLOCKS, 1]
+    assert marks == [1, 1, 2]
+    assert_equal(pair.mirror.memory, pair.memory)
+
+
 def test_a_gap_spoils_the_copy_until_the_stream_begins_anew() -> None:
     pair = Pair()
     pair.sender.begin([0])

@@ -12,9 +12,9 @@ from common.compute.device import Device
 from common.errors import ProtocolError
 from common.messages import NO_PAIRS
 from common.wire.array import array_to_frame
-from services.stage.model.kv_cache import LocalKv, PagedMemory, allocate_paged_memory
+from services.stage.model.kv_cache import LocalKv, PagedMemory, Rows, allocate_paged_memory
 from services.stage.model.paged_attention import KV_BLOCK_TOKENS
-from services.stage.slot.session_tier import DeviceTier, HostTier, make_session_tier, read_pairs
+from services.stage.slot.session_tier import DEVICE_BLOCKS, DeviceTier, HostTier, make_session_tier, read_pairs
 from tests.support.nodes.kernels import one_torch_thread
 from tests.support.nodes.simulated_gpu import simulated_gpu
 
@@ -69,6 +69,34 @@ def test_blocks_of_a_device_go_to_the_host_and_back() -> None:
         tier.save([0], [1])
         tier.restore([1], [2])
         assert_is(memory, 2, [rows.keys, rows.values, rows.hidden])
+
+
+def test_what_copies_go_through_has_room_for_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 2 * DEVICE_BLOCKS + 1
+    memory = allocate_paged_memory(LAYERS, count, (HEADS, WIDTH), MODEL, torch.float32, with_log=True)
+    for cache in memory.caches:
+        cache.keys.copy_(torch.randn(cache.keys.shape))
+    wanted = [content(memory, block_id) for block_id in range(count)]
+    sizes = list[int]()
+    rows, put_rows = memory.rows, memory.put_rows
+
+    def counted_rows(positions: torch.Tensor) -> Rows:
+        sizes.append(len(positions))
+        return rows(positions)
+
+    def counted_put_rows(positions: torch.Tensor, given: Rows) -> None:
+        sizes.append(len(positions))
+        put_rows(positions, given)
+
+    monkeypatch.setattr(memory, "rows", counted_rows)
+    monkeypatch.setattr(memory, "put_rows", counted_put_rows)
+    tier = DeviceTier(memory, count, 0)
+    tier.save(range(count), range(count))
+    tier.restore(range(count), range(count)[::-1])
+    assert max(sizes) == DEVICE_BLOCKS * KV_BLOCK_TOKENS
+    monkeypatch.undo()
+    for block_id in range(count):
+        assert_is(memory, count - 1 - block_id, wanted[block_id])
 
 
 def on_device(device: Device) -> PagedMemory:
