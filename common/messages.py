@@ -311,6 +311,8 @@ class StageReady:
     """The paged memory holds what all steps up to this one have written; 0: it is empty."""
     tier_since: int = 0
     """The session tier holds what steps behind this one have saved, up to the mark: it was empty then."""
+    num_tier_slots: int = 0
+    """Blocks that it has room for; 0, whatever was asked for, where there is no memory for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,6 +472,8 @@ class StageHeartbeat(Heartbeat):
     kv_mark: int = 0
     """A holder's mark, as in StageReady."""
     tier_since: int = 0
+    """A holder's, as in StageReady."""
+    num_tier_slots: int = 0
     """A holder's, as in StageReady."""
     broken_stream: int = 0
     """A mirror's broken stream, as in MirrorReady."""

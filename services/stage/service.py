@@ -498,6 +498,7 @@ class StageService(NodeLoop[MessageSocket]):
             lease_term=worker.lease_term,
             kv_mark=slot.held.watermark.mark if slot is not None else 0,
             tier_since=slot.held.tier.since if slot is not None else 0,
+            num_tier_slots=slot.held.tier.num_slots if slot is not None else 0,
             broken_stream=mirror.broken_stream if mirror is not None else 0,
             feed_number=self._mirror_link.feed_number,
             placement_version=experts.nodes.version_of(self._control.router_term),

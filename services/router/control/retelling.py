@@ -128,7 +128,9 @@ class Beliefs:
     def _report(self, node_id: NodeId, said: StageHeartbeat) -> list[Action]:
         slot = self._stages.slot_of(node_id)
         if said.role_state == StageState.HOLDING and slot is not None:
-            ready = StageReady(slot.pipeline, slot.index, said.lease_term, said.kv_mark, said.tier_since)
+            ready = StageReady(
+                slot.pipeline, slot.index, said.lease_term, said.kv_mark, said.tier_since, said.num_tier_slots
+            )
             return self._stages.apply_ready(node_id, ready, said.role_number)
         if said.role_state in (StageState.FILLING, StageState.COMPLETE):
             is_complete = said.role_state == StageState.COMPLETE

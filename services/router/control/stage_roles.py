@@ -28,7 +28,7 @@ class Pipeline:
     """None: a hole."""
     num_blocks: int
     num_tier_slots: int = 0
-    """Blocks that each holder's session tier has room for."""
+    """Blocks that each holder's session tier is to have room for, and has, of those that are ready."""
     marks: dict[int, int] = field(default_factory=dict)
     """Up to which step paged memory is good, by slot that is ready in this generation."""
     tier_since: int = 0
@@ -212,6 +212,7 @@ class StageRoles:
             return []
         pipeline.marks[message.slot] = message.kv_mark
         pipeline.tier_since = max(pipeline.tier_since, message.tier_since)
+        pipeline.num_tier_slots = min(pipeline.num_tier_slots, message.num_tier_slots)
         first_stage = pipeline.holders[0]
         if len(pipeline.marks) < len(pipeline.holders) or first_stage is None:
             return []

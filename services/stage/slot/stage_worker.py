@@ -29,7 +29,7 @@ from services.stage.ranks.group import RankGroup
 from services.stage.ranks.memory_needs import Free, against_growth
 from services.stage.slot.layers import LayersLoad, LoadedLayers, StageLayers
 from services.stage.slot.mirror_receiver import Mirror
-from services.stage.slot.session_tier import make_session_tier
+from services.stage.slot.session_tier import SessionTier, make_session_tier
 from services.stage.slot.slot import (
     HeldMemory,
     Loading,
@@ -275,13 +275,22 @@ class StageWorker:
             self._held.watermark.begin_generation()
             self._held.tables.keeps_released = self.keeps_released
             if self._held.tier.num_slots != num_tier_slots:
-                self._held.tier = make_session_tier(self._held.memory, num_tier_slots, self._held.watermark.mark)
+                self._held.tier = make_session_tier(self._held.memory, 0, 0)  # the new one needs its room
+                self._held.tier = self._make_tier(self._held.memory, num_tier_slots, self._held.watermark.mark)
             return self._held
         self._held = None  # nobody else has it: the new one needs its room
         memory = self.layers.allocate(loaded, message.num_blocks, with_log=message.slot < message.num_slots - 1)
-        tier = make_session_tier(memory, num_tier_slots, 0)
+        tier = self._make_tier(memory, num_tier_slots, 0)
         self._held = HeldMemory(tag, memory, self._new_tables(message.num_blocks), StepWatermark(), tier)
         return self._held
+
+    def _make_tier(self, memory: PagedMemory, num_slots: int, since: int) -> SessionTier:
+        """Returns one without slots where there is no room: the stage serves all the same."""
+        try:
+            return make_session_tier(memory, num_slots, since)
+        except RuntimeError as error:
+            self._log.warning("session_tier_missing", num_slots=num_slots, reason=str(error))
+            return make_session_tier(memory, 0, since)
 
     def _new_tables(self, num_blocks: int) -> BlockTables:
         return BlockTables(KV_BLOCK_TOKENS, num_blocks, keeps_released=self.keeps_released)
@@ -325,7 +334,14 @@ class StageWorker:
             kv_bytes=held.memory.num_bytes,
             kv_mark=held.watermark.mark,
         )
-        ready = StageReady(message.pipeline, message.slot, message.lease_term, held.watermark.mark, held.tier.since)
+        ready = StageReady(
+            message.pipeline,
+            message.slot,
+            message.lease_term,
+            held.watermark.mark,
+            held.tier.since,
+            held.tier.num_slots,
+        )
         return RoleTaken(ready, Header(generation=role.generation))
 
     def _refuse(self, error: Exception, header: Header) -> RoleRefused:

@@ -28,7 +28,7 @@ def told(actions: list[Action]) -> dict[str, tuple[AssignStage, int]]:
 
 
 def ready(message: AssignStage) -> StageReady:
-    return StageReady(message.pipeline, message.slot, message.lease_term, 7)
+    return StageReady(message.pipeline, message.slot, message.lease_term, 7, num_tier_slots=message.num_tier_slots)
 
 
 def report(roles: StageRoles, actions: list[Action]) -> list[Action]:

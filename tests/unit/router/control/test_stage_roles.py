@@ -66,6 +66,12 @@ def test_it_opens_with_tiers_of_one_size_that_have_what_the_one_begun_last_can_h
         (*_, action) = [None, *roles.apply_ready(NodeId("ab"[assigned.slot]), ready(assigned), generation)]
     assert isinstance(action, OpenPipeline)
     assert action.tier_since == 0, "each generation is told anew"
+    for assigned, generation in told(roles.renew(PipelineId(0))).values():
+        said = replace(ready(assigned), num_tier_slots=3 if assigned.slot else assigned.num_tier_slots)
+        (*_, action) = [None, *roles.apply_ready(NodeId("ab"[assigned.slot]), said, generation)]
+    assert isinstance(action, OpenPipeline)
+    assert action.num_tier_slots == 3, "one had no more memory"
+    assert {assigned.num_tier_slots for assigned, _ in told(roles.renew(PipelineId(0))).values()} == {a.num_tier_slots}
 
 
 def test_reports_of_another_generation_slot_or_node_change_nothing() -> None:

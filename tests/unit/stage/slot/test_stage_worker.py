@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from common.messages import AssignMirror, AssignStage, Header, MirrorReady, Stag
 from common.node.loader_thread import STUCK_S, LoaderThread
 from services.stage.model.kv_cache import PagedMemory, allocate_paged_memory
 from services.stage.model.loading import load_stage
+from services.stage.slot import stage_worker
 from services.stage.slot.layers import StageLayers
 from services.stage.slot.mirror_receiver import Mirror
 from services.stage.slot.mirror_sender import MirrorSender
+from services.stage.slot.session_tier import SessionTier, make_session_tier
 from services.stage.slot.slot import RoleRefused, RoleTaken
 from services.stage.slot.stage_worker import StageWorker
 from tests.support.checkpoints.tiny_checkpoints import QWEN3, write_checkpoint
@@ -196,6 +199,34 @@ def test_a_session_tier_goes_on_with_its_memory_and_is_empty_where_another_one_b
     assert worker.slot.held.tier is tier
     assert since(2, 3) == (17, 17), "another size"
     assert since(0, 4) == (17, 17)
+
+
+def test_a_session_tier_without_room_costs_no_slot_and_the_one_before_it_makes_room_first(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def num_slots(wanted: int, generation: int) -> int:
+        outcome = worker.take(replace(ASSIGN, num_tier_slots=wanted), generation)
+        outcome = worker.finish() if outcome is None else outcome
+        assert isinstance(outcome, RoleTaken)
+        assert isinstance(outcome.ready, StageReady)
+        assert worker.slot is not None
+        assert worker.slot.held.tier.num_slots == outcome.ready.num_tier_slots
+        return outcome.ready.num_tier_slots
+
+    too_many = 1 << 40
+    assert num_slots(too_many, 1) == 0
+    assert num_slots(3, 2) == 3
+    assert worker.slot is not None
+    former = weakref.ref(worker.slot.held.tier)
+    is_gone = list[bool]()
+
+    def watched(memory: PagedMemory, num_slots: int, since: int) -> SessionTier:
+        is_gone.append(former() is None)
+        return make_session_tier(memory, num_slots, since)
+
+    monkeypatch.setattr(stage_worker, "make_session_tier", watched)
+    assert num_slots(5, 3) == 5
+    assert is_gone == [False, True], "the first of these has no slots"
 
 
 def test_a_mirror_that_takes_over_has_an_empty_session_tier(worker: Worker) -> None:

@@ -188,7 +188,7 @@ def complete_all(scheduler: Scheduler, plan: StepPlan) -> None:
 def test_a_long_prompt_that_comes_back_shows_that_its_pipeline_gets_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "MAX_RESTORED_BLOCKS", 1)
     scheduler = evicted()
-    scheduler.add(replace(alike("waits", max_tokens=1), prompt_token_ids=alike("x").prompt_token_ids + (7,)), 1.0)
+    scheduler.add(replace(alike("waits", max_tokens=1), prompt_token_ids=(*alike("x").prompt_token_ids, 7)), 1.0)
     scheduler.add(alike("second", max_tokens=1), 1.0)
     for now_s in (1.0, 3.0):
         (plan,) = scheduler.schedule(now_s)
