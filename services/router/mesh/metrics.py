@@ -118,7 +118,7 @@ def _pipelines(status: MeshStatus) -> Iterator[Metric]:
         ("moemesh_kv_blocks", "KV blocks of all open pipelines", sum(status.num_blocks.values())),
         ("moemesh_kv_blocks_free", "KV blocks that no sequence holds", scheduler.num_free_blocks),
         ("moemesh_kv_blocks_cached", "KV blocks that hold a beginning to be found", scheduler.num_cached_blocks),
-        ("moemesh_session_slots", "KV blocks that the session tiers of open pipelines hold", scheduler.num_tier_slots),
+        ("moemesh_session_slots", "KV blocks that the session tiers have room for", scheduler.num_tier_slots),
         ("moemesh_session_slots_used", "KV blocks that are in there", scheduler.num_kept_blocks),
         ("moemesh_steps_in_flight", "Steps sent and not answered", scheduler.num_steps_in_flight),
         ("moemesh_missing_copies", "Safety copies of experts without room", redundancy.missing_copies),

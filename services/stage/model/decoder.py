@@ -97,7 +97,7 @@ class StageModel:
         batch = _put_on(self.device, batch)
         x = batch.hidden if self.embedding is None else self.embedding(batch.hidden)
         fed = x
-        if x.shape[0]:  # else the step only releases sequences
+        if x.shape[0]:  # else the step only releases sequences, or copies blocks
             x, fed = yield from self._through_layers(x, batch, caches, run_layers)
         if self.lm_head is None:
             output = x + fed

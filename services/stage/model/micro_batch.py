@@ -112,7 +112,7 @@ class BlockTables:
         self._computed: dict[int, int] = {}
         self._inherited: set[int] = set()
         """Blocks whose content may be needed, and that are in no table: those that came from another holder's memory,
-        and of whose sequences no step has told yet; and cached ones, perhaps."""
+        or back from the session tier, and of whose sequences no step has told yet; and cached ones, perhaps."""
 
     def __len__(self) -> int:
         return len(self._tables)
@@ -127,8 +127,9 @@ class BlockTables:
                 self._computed[sequence_id] = max(computed, start + num_tokens)
 
     def inherit(self, blocks: Iterable[int]) -> None:
-        """Notes that the memory is a copy of another holder's, of which these blocks were copied: sequences have them
-        whose tables come with their next steps, which may be long after a mirror of this memory was filled."""
+        """Notes that these blocks were copied here, from another holder's memory or from the session tier: sequences
+        have them whose tables come with their next steps, which may be long after a mirror of this memory was filled.
+        """
         self._inherited.update(blocks)
 
     def used_blocks(self) -> list[int]:

@@ -105,7 +105,7 @@ class RankLeader:
 
         What ranks do together between two yields belongs to what was told last: there is one order on all of them.
         """
-        if len(self.seats) == 1 or not batch.slots.shape[0]:  # or the step only releases sequences
+        if len(self.seats) == 1 or not batch.slots.shape[0]:  # or the step only releases sequences, or copies blocks
             return (yield from forward)
         self._num_batches += 1
         number = self._num_batches
