@@ -202,7 +202,7 @@ def serve_stage(
         state_of=lambda number: "",
     )
     service = StageService(node, worker, experts)
-    held: Any = SimpleNamespace(watermark=SimpleNamespace(mark=0), tier=SimpleNamespace(since=0))
+    held: Any = SimpleNamespace(watermark=SimpleNamespace(mark=0), tier=SimpleNamespace(since=0, num_slots=0))
 
     def should_stop() -> bool:
         if len(executor.times_us["call"]) >= WARM_UP_ROUNDS and not bytes_before:
