@@ -22,6 +22,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,7 +36,7 @@ from tests.benchmarks.limits import step_weight_bytes
 from tests.benchmarks.machine import Machine, describe_machine
 from tests.benchmarks.make_bench_model import SIZES, BenchSizes, make_bench_model
 from tests.benchmarks.recorded_drafts import Recording, read_steps
-from tests.benchmarks.report import table_of, without_nan
+from tests.benchmarks.report import table_of, write_files
 from tests.benchmarks.serve_benchmark import READY_WITHIN_S, PromptSource
 from tests.benchmarks.streaming_client import run_round
 from tests.benchmarks.two_builds import bootstrap_interval
@@ -260,13 +261,8 @@ def run(parsed: argparse.Namespace) -> DraftsReport:
 
 def write_report(report: DraftsReport, directory: Path) -> list[Path]:
     """Writes the three files and returns their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"drafts.{suffix}" for suffix in ("json", "md", "png")]
     document = asdict(report) | {"sentences": [case.sentence for case in report.cases]}
-    paths[0].write_text(json.dumps(without_nan(document), indent=1) + "\n")
-    paths[1].write_text(markdown(report))
-    _plot(report, paths[2])
-    return paths
+    return write_files(directory, "drafts", document, markdown(report), partial(_plot, report))
 
 
 def markdown(report: DraftsReport) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import shutil
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tests.benchmarks.figures import median, round_figures
 from tests.benchmarks.machine import Machine, describe_machine
 from tests.benchmarks.make_bench_model import SIZES, make_bench_model
 from tests.benchmarks.peers.engines import HttpEngine
-from tests.benchmarks.report import table_of, without_nan
+from tests.benchmarks.report import table_of, write_files
 from tests.benchmarks.serve_benchmark import READY_WITHIN_S, PromptSource
 
 ONE, TWO = "one host", "two hosts"
@@ -172,13 +172,8 @@ def run(parsed: argparse.Namespace) -> HostsReport:
 
 def write_report(report: HostsReport, directory: Path) -> list[Path]:
     """Writes the three files and returns their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"hosts.{suffix}" for suffix in ("json", "md", "png")]
     document = asdict(report) | {"sentences": report.sentences()}
-    paths[0].write_text(json.dumps(without_nan(document), indent=1) + "\n")
-    paths[1].write_text(markdown(report))
-    _plot(report, paths[2])
-    return paths
+    return write_files(directory, "hosts", document, markdown(report), partial(_plot, report))
 
 
 def markdown(report: HostsReport) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import textwrap
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from tests.benchmarks.machine import Machine, describe_machine
 from tests.benchmarks.make_bench_model import SIZES, make_bench_model
 from tests.benchmarks.peers.engines import HttpEngine, mesh_engine
 from tests.benchmarks.peers.table import is_time
-from tests.benchmarks.report import without_nan
+from tests.benchmarks.report import write_files
 from tests.benchmarks.serve_benchmark import PromptSource
 from tests.benchmarks.streaming_client import Answer
 from tests.benchmarks.two_builds import Comparison, compare_figure, table
@@ -176,16 +175,12 @@ def run(parsed: argparse.Namespace) -> CacheReport:
 
 def write_report(report: CacheReport, directory: Path) -> list[Path]:
     """Writes both files and returns their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"cache-{report.model}.{suffix}" for suffix in ("json", "md")]
     comparisons = [*report.hit_comparisons(), *report.miss_comparisons()]
     document = asdict(report) | {
         "sentences": report.sentences(),
         "comparisons": [asdict(row) | {"verdict": row.verdict} for row in comparisons],
     }
-    paths[0].write_text(json.dumps(without_nan(document), indent=1) + "\n")
-    paths[1].write_text(markdown(report))
-    return paths
+    return write_files(directory, f"cache-{report.model}", document, markdown(report))
 
 
 def markdown(report: CacheReport) -> str:

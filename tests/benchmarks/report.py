@@ -6,8 +6,9 @@ import importlib
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,20 @@ class BenchmarkReport:
 
 def write_report(report: BenchmarkReport, directory: Path) -> list[Path]:
     """Writes the three files and returns their paths."""
+    return write_files(directory, report.name, asdict(report), markdown(report), partial(_plot, report))
+
+
+def write_files(
+    directory: Path, name: str, document: Mapping[str, Any], page: str, plot: Callable[[Path], None] | None = None
+) -> list[Path]:
+    """Writes all figures, a page, and what `plot` draws, as files of this name. Returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"{report.name}.{suffix}" for suffix in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(without_nan(asdict(report)), indent=1) + "\n")
-    paths[1].write_text(markdown(report))
-    _plot(report, paths[2])
+    paths = [directory / f"{name}.{suffix}" for suffix in ("json", "md", "png")]
+    paths[0].write_text(json.dumps(without_nan(document), indent=1) + "\n")
+    paths[1].write_text(page)
+    if plot is None:
+        return paths[:2]
+    plot(paths[2])
     return paths
 
 

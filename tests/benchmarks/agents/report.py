@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import statistics
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tests.benchmarks.peers.contenders import Contender
 from tests.benchmarks.peers.engines import HttpEngine
 from tests.benchmarks.peers.table import Row, markdown_table
 from tests.benchmarks.rates import Rates
-from tests.benchmarks.report import table_of, without_nan
+from tests.benchmarks.report import table_of, write_files
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,7 @@ def _answers(played: Played) -> list[list[tuple[int, ...]]]:
 
 def write_report(report: AgentsReport, directory: Path) -> list[Path]:
     """Writes the three files and returns their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"agents-{report.model}.{suffix}" for suffix in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(without_nan(document(report)), indent=1) + "\n")
-    paths[1].write_text(markdown(report))
-    _plot(report, paths[2])
-    return paths
+    return write_files(directory, f"agents-{report.model}", document(report), markdown(report), partial(_plot, report))
 
 
 def document(report: AgentsReport) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tests.benchmarks.peers.engines import Engine
 from tests.benchmarks.peers.sitting import Load, Sitting, columns_of
 from tests.benchmarks.peers.table import Row, markdown_table, ratios
 from tests.benchmarks.rates import Rates
-from tests.benchmarks.report import table_of, without_nan
+from tests.benchmarks.report import table_of, write_files
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,7 @@ class PeersReport:
 
 def write_report(report: PeersReport, directory: Path) -> list[Path]:
     """Writes the three files and returns their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"peers-{report.model}.{suffix}" for suffix in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(without_nan(document(report)), indent=1) + "\n")
-    paths[1].write_text(markdown(report))
-    _plot(report, paths[2])
-    return paths
+    return write_files(directory, f"peers-{report.model}", document(report), markdown(report), partial(_plot, report))
 
 
 def document(report: PeersReport) -> dict[str, Any]:
